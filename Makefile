@@ -1,0 +1,34 @@
+# Every target does its own set-up: a fresh machine needs Python >= 3.11 and git.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PEERS := .venv/.peers
+
+.PHONY: demo test test-slow test-peers check clean
+
+demo: $(READY)            ## train on phantoms, predict, evaluate, report (under 10 minutes on 2 cores)
+	$(BIN)/medmom demo
+
+test: $(READY)            ## the suite that guards every change (under 8 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not peers and not gpu"
+
+test-slow: $(READY)       ## long tests: training, killing, resuming, many processes
+	$(BIN)/python -m pytest -q -m "slow and not peers" --durations=10
+
+test-peers: $(PEERS)      ## comparisons with other people's packages
+	$(BIN)/python -m pytest -q -m peers
+
+check: $(READY)           ## format, lint, types, tests
+	scripts/check.sh
+
+clean:                    ## forget the environment; data and runs stay
+	rm -rf .venv
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,peers]"
+	touch $@

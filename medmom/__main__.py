@@ -1,0 +1,3 @@
+from medmom.cli import main
+
+main()

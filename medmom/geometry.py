@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import nibabel as nib
+import numpy as np
+import scipy.linalg
+
+from medmom.errors import MedmomError
+
+# How far, in source voxels over the whole grid, a target axis may leave its source axis and still count
+# as the same: far above the rounding of an affine stored as float32, far below a voxel.
+AXIS_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """A grid in space without its voxels: shape and voxel-to-world affine (mm, RAS+).
+
+    Attributes:
+        shape: Number of voxels along each of the three axes.
+        affine: Shape (4, 4), float64; maps voxel indices (centres) to world coordinates in mm.
+    """
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Makes the affine float64 and refuses one that cannot be inverted."""
+        affine = np.array(self.affine, dtype=np.float64)
+        object.__setattr__(self, "affine", affine)
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        edges = np.linalg.norm(affine[:3, :3], axis=0)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or edges.min() <= 0:
+            raise MedmomError(f"affine {affine.tolist()} has no inverse; write a valid affine into the header.")
+        if abs(np.linalg.det(affine[:3, :3] / edges)) < 1e-6:
+            raise MedmomError(f"affine {affine.tolist()} has no inverse; write a valid affine into the header.")
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel edges in mm, in the order of the axes."""
+        return tuple(float(edge) for edge in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def orientation(self) -> str:
+        """Closest anatomical direction of each axis, such as ``"RAS"``."""
+        return "".join(nib.orientations.aff2axcodes(self.affine))
+
+    @property
+    def diagonal(self) -> float:
+        """Length of the image's diagonal in mm, between the centres of its outermost voxels."""
+        return float(np.linalg.norm(self.affine[:3, :3] @ (np.array(self.shape) - 1.0)))
+
+    def corners(self) -> np.ndarray:
+        """World coordinates of the eight outermost voxel centres, shape (8, 3), in mm."""
+        index = np.array(np.meshgrid(*[(0, n - 1) for n in self.shape], indexing="ij")).reshape(3, -1)
+        return np.asarray((self.affine[:3, :3] @ index + self.affine[:3, 3:]).T)
+
+    def is_close(self, other: Geometry, tolerance: float = 1e-2) -> bool:
+        """Tells whether both grids have one shape and no voxel lies further apart than ``tolerance`` mm."""
+        return self.shape == other.shape and bool(np.abs(self.corners() - other.corners()).max() <= tolerance)
+
+    def reoriented(self, orientation: str = "RAS") -> Geometry:
+        """Gives the same voxels with the axes permuted and flipped to the closest ``orientation``."""
+        start = nib.orientations.io_orientation(self.affine)
+        transform = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(orientation))
+        shape = [0, 0, 0]
+        for source_axis, target_axis in enumerate(transform[:, 0].astype(int)):
+            shape[target_axis] = self.shape[source_axis]
+        return Geometry(tuple(shape), self.affine @ nib.orientations.inv_ornt_aff(transform, self.shape))
+
+    def with_spacing(self, spacing: Sequence[float]) -> Geometry:
+        """Gives a grid with the same axes and the same centre whose voxels have edges ``spacing`` (mm).
+
+        The spacing is met exactly; the extent is met to half a voxel. An axis has one voxel at least.
+        """
+        old, new = np.array(self.spacing), np.array(spacing, dtype=np.float64)
+        if np.allclose(old, new, rtol=1e-5, atol=0):
+            return self
+        shape = np.maximum(1, np.round(np.array(self.shape) * old / new)).astype(int)
+        affine = self.affine.copy()
+        affine[:3, :3] = self.affine[:3, :3] * (new / old)
+        centre = self.affine[:3, :3] @ ((np.array(self.shape) - 1) / 2) + self.affine[:3, 3]
+        affine[:3, 3] = centre - affine[:3, :3] @ ((shape - 1) / 2)
+        return Geometry(tuple(shape), affine)
+
+
+def _linear_weights(position: np.ndarray, count: int) -> np.ndarray:
+    """Weights (targets, sources) of linear interpolation at ``position``, the border value outside."""
+    position = np.clip(position, 0, count - 1)
+    low = np.minimum(np.floor(position).astype(int), max(count - 2, 0))
+    weights = np.zeros((len(position), count))
+    rows = np.arange(len(position))
+    weights[rows, low] = 1 - (position - low)
+    if count > 1:
+        weights[rows, low + 1] = position - low
+    return weights
+
+
+def _cubic_weights(position: np.ndarray, count: int) -> np.ndarray:
+    """Weights (targets, sources) of the interpolating cubic B-spline, mirrored at the border.
+
+    The coefficients c of the spline solve (c[i-1] + 4 c[i] + c[i+1]) / 6 = f[i]; the weights are
+    the basis at ``position`` times the inverse of that matrix.
+    """
+    if count < 3:
+        return _linear_weights(position, count)
+    position = np.clip(position, 0, count - 1)
+    base = np.floor(position).astype(int)
+    t = position - base
+    basis = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
+    weights = np.zeros((len(position), count))
+    for k in range(4):
+        index = np.abs(base + k - 1)
+        index = np.where(index > count - 1, 2 * (count - 1) - index, index)
+        np.add.at(weights, (np.arange(len(position)), index), basis[k])
+    bands = np.full((3, count), 1 / 6)
+    bands[1] = 4 / 6
+    bands[0, 1] = bands[2, -2] = 2 / 6  # the mirrored neighbour counts twice
+    # weights @ inverse(A) = solve(A.T, weights.T).T, and A.T has the two outer bands swapped.
+    transposed = np.zeros_like(bands)
+    transposed[0, 1:], transposed[1], transposed[2, :-1] = bands[2, :-1], bands[1], bands[0, 1:]
+    return np.ascontiguousarray(scipy.linalg.solve_banded((1, 1), transposed, weights.T).T)
+
+
+def _nearest_weights(position: np.ndarray, count: int) -> np.ndarray:
+    """Weights (targets, sources) that pick the nearest voxel."""
+    weights = np.zeros((len(position), count))
+    weights[np.arange(len(position)), np.clip(np.floor(position + 0.5).astype(int), 0, count - 1)] = 1
+    return weights
+
+
+@lru_cache(maxsize=64)
+def _weights(source_count: int, target_count: int, scale: float, offset: float, order: int) -> np.ndarray | None:
+    """Interpolation matrix (targets, sources) of one axis as float32; None where the axis is taken as it is."""
+    position = scale * np.arange(target_count) + offset
+    if source_count == target_count and np.abs(position - np.arange(target_count)).max() < 1e-4:
+        return None
+    rule = {0: _nearest_weights, 1: _linear_weights, 3: _cubic_weights}[order]
+    return rule(position, source_count).astype(np.float32)
+
+
+def _aligned(
+    image: np.ndarray, source: Geometry, target: Geometry, order: int
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Turns ``image`` to the target's axes by permuting and flipping, and gives each axis's weights.
+
+    Raises:
+        ValueError: The target's axes are not the source's, permuted, flipped and scaled.
+    """
+    matrix = np.linalg.inv(source.affine) @ target.affine
+    linear, offset = matrix[:3, :3], matrix[:3, 3]
+    axes = np.abs(linear).argmax(axis=0)
+    drift = np.abs(linear) * np.array(target.shape)
+    drift[axes, np.arange(3)] = 0
+    if sorted(axes) != [0, 1, 2] or drift.max() > AXIS_TOLERANCE:
+        raise ValueError("the grids do not share their axes; resample between a case and its working grid only")
+    image = image.transpose(0, *(1 + axes))
+    weights = []
+    for axis, source_axis in enumerate(axes):
+        count, scale, start = image.shape[1 + axis], linear[source_axis, axis], offset[source_axis]
+        if scale < 0:
+            image = np.flip(image, 1 + axis)
+            scale, start = -scale, count - 1 - start
+        weights.append(_weights(count, target.shape[axis], float(scale), float(start), order))
+    return image, weights
+
+
+def _along(image: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
+    """Multiplies one axis of a contiguous array with a matrix (targets, sources)."""
+    before, after = image.shape[:axis], image.shape[axis + 1 :]
+    if not after:
+        return np.asarray(image @ weights.T)
+    stacked = image.reshape(int(np.prod(before)), image.shape[axis], int(np.prod(after)))
+    return np.asarray(np.matmul(weights, stacked)).reshape(*before, len(weights), *after)
+
+
+def resample(image: np.ndarray, source: Geometry, target: Geometry, *, order: int) -> np.ndarray:
+    """Brings an image from one grid to another that shares its axes, as one matrix product an axis.
+
+    Where the grids differ by order and direction of the axes alone, the voxels are copied, not computed.
+    Outside the source the nearest border voxel counts.
+
+    Args:
+        image: Shape (C, *source.shape); computed in float32.
+        source: Grid of ``image``.
+        target: Grid wanted; its axes are the source's, permuted, flipped and scaled.
+        order: 0 nearest, 1 linear, 3 interpolating cubic B-spline, kept within each channel's range.
+
+    Returns:
+        A new array, shape (C, *target.shape); float32, or the image's own type where voxels are copied.
+
+    Raises:
+        ValueError: The grids do not share their axes, or ``image`` does not fit ``source``.
+    """
+    _check_fit(image, source)
+    turned, weights = _aligned(image, source, target, order)
+    if all(w is None for w in weights):
+        return turned.copy()
+    result = np.ascontiguousarray(turned, dtype=np.float32)
+    for axis, matrix in enumerate(weights):
+        if matrix is not None:
+            result = _along(result, matrix, 1 + axis)
+    if order > 1:
+        for channel, original in zip(result, image, strict=True):
+            np.clip(channel, original.min(), original.max(), out=channel)
+    return result
+
+
+def resample_slabs(
+    image: np.ndarray, source: Geometry, target: Geometry, *, thickness: int = 16
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Linear ``resample`` in slabs along the target's last axis, so that the whole never exists at once.
+
+    Args:
+        image: Shape (C, *source.shape).
+        source: Grid of ``image``.
+        target: Grid wanted; its axes are the source's, permuted, flipped and scaled.
+        thickness: Voxels of the last axis in one slab.
+
+    Yields:
+        The slab's place on the last axis, and its voxels (C, *target.shape[:2], at most ``thickness``), float32.
+
+    Raises:
+        ValueError: The grids do not share their axes, or ``image`` does not fit ``source``.
+    """
+    _check_fit(image, source)
+    turned, weights = _aligned(image, source, target, order=1)
+    for start in range(0, target.shape[2], thickness):
+        place = slice(start, min(start + thickness, target.shape[2]))
+        if weights[2] is None:
+            slab = np.ascontiguousarray(turned[..., place], dtype=np.float32)
+        else:
+            rows = weights[2][place]
+            used = np.flatnonzero(rows.any(axis=0))
+            needed = slice(used[0], used[-1] + 1)
+            slab = _along(np.ascontiguousarray(turned[..., needed], dtype=np.float32), rows[:, needed], 3)
+        for axis in (0, 1):
+            matrix = weights[axis]
+            if matrix is not None:
+                slab = _along(slab, matrix, 1 + axis)
+        yield place, slab
+
+
+def _check_fit(image: np.ndarray, source: Geometry) -> None:
+    if image.shape[1:] != source.shape:
+        raise ValueError(f"an image of shape {image.shape} does not lie on a grid of shape {source.shape}")
