@@ -4,6 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PEERS := .venv/.peers
 
+# Two test processes share the cores: threads of their own would only wait for each other.
+test test-slow test-peers: export OMP_NUM_THREADS = 1
+test test-slow test-peers: export OPENBLAS_NUM_THREADS = 1
+
 .PHONY: demo test test-slow test-peers check clean
 
 demo: $(READY)            ## train on phantoms, predict, evaluate, report (under 10 minutes on 2 cores)

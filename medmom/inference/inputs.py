@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medmom.data.case import CaseFiles
+from medmom.data.files import is_image, read_json, stem
+from medmom.errors import MedmomError
+from medmom.package import package_folder
+
+CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+"""Stem of nnU-Net's channel files: ``case_0000``, ``case_0001``."""
+
+Channels = dict[int, Path]
+
+
+def find_inputs(inputs: Sequence[str | Path], num_channels: int) -> list[CaseFiles]:
+    """Turns files, folders and globs into cases, in the order given; a file that is given twice counts once.
+
+    A folder stands for the images that lie directly in it. nnU-Net's channel files (``case_0000.nii.gz``,
+    ``case_0001.nii.gz``) are one case named ``case``: always where the model takes several channels; where it takes
+    one, only if every file is named so and every case has the same channels (``patient_0001`` to ``patient_0100``
+    are a hundred cases). A channel file that is missing is named when the case is read.
+
+    Args:
+        inputs: Paths and globs. A path that does not exist is a case that cannot be read.
+        num_channels: Image channels that the model takes.
+
+    Returns:
+        Cases without label; at least one.
+
+    Raises:
+        MedmomError: Nothing is given, a folder has no image, a glob matches nothing, or two cases have one name.
+    """
+    if not inputs:
+        raise MedmomError("no input is given. Name image files, folders or globs, or --fold validation.")
+    files: dict[Path, Path] = {}
+    for given in inputs:
+        try:
+            # The folder alone is resolved: two links to one file are two cases, with names of their own.
+            for path in _expand(str(given)):
+                files.setdefault(path.parent.resolve() / path.name, path)
+        except OSError as error:
+            raise MedmomError(f"{given}: cannot be read ({error.strerror}). Check path and permissions.") from error
+    cases = list(_cases(list(files.values()), num_channels))
+    _check_names(cases)
+    return cases
+
+
+def validation_cases(model: str | Path) -> list[CaseFiles]:
+    """Gives the cases of the fold that a run was validated on, from its ``split.json``.
+
+    Args:
+        model: The run folder, or the package in it.
+
+    Raises:
+        MedmomError: There is no ``split.json``, or no validation case in it.
+    """
+    package = package_folder(model)
+    run = Path(model) if package is None else package.resolve().parent
+    path = run / "split.json"
+    if not path.is_file():
+        raise MedmomError(f"{path}: there is no such file. --fold needs the run folder of medmom train as model.")
+    split = read_json(path)
+    try:
+        cases = [_validation_case(entry) for entry in split["validation"]]
+    except (KeyError, TypeError) as error:
+        raise MedmomError(
+            f"{path}: not as medmom train writes it ({error!r}). Restore it, or name the inputs."
+        ) from error
+    if not cases:
+        raise MedmomError(f"{path}: lists no validation case. Name the inputs instead of --fold.")
+    _check_names(cases)
+    return cases
+
+
+def _expand(given: str) -> list[Path]:
+    """Files of one input, each as it was written."""
+    path = Path(given)
+    if path.is_dir():
+        return _images(path)
+    if path.exists() or path.is_symlink() or not glob.has_magic(given):
+        return [path]
+    found = sorted(glob.glob(given, recursive=True))  # noqa: PTH207 - a Path would change what the pattern says
+    if not found:
+        raise MedmomError(f"{given}: no file matches. Check the pattern.")
+    return [file for match in found for file in _expand(match)]
+
+
+def _images(folder: Path) -> list[Path]:
+    # Broken links stay in the list: what a folder shows must not vanish without a word.
+    entries = sorted(folder.iterdir())
+    images = [path for path in entries if _is_shown(path) and not path.is_dir()]
+    if images:
+        return images
+    below = [path for path in entries if path.is_dir() and any(map(_is_shown, path.iterdir()))]
+    hint = f"Give {below[0]}." if below else "Give another folder; convert other formats, such as DICOM series, first."
+    raise MedmomError(f"{folder}: there is no NIfTI image in this folder. {hint}")
+
+
+def _is_shown(path: Path) -> bool:
+    return is_image(path) and not path.name.startswith(".")
+
+
+def _cases(files: Sequence[Path], num_channels: int) -> Iterator[CaseFiles]:
+    groups = _channel_groups(files)
+    shared = {tuple(sorted(group)) for group in groups.values()}
+    if num_channels == 1:
+        every = sum(map(len, groups.values())) == len(files) and len(shared) == 1
+        numbers = next(iter(shared), ())
+        in_order = numbers == tuple(range(len(numbers))) and (len(numbers) == 1 or len(groups) > 1)
+        groups = groups if every and in_order else {}
+    else:
+        # One file without brothers may hold all channels itself.
+        groups = {key: group for key, group in groups.items() if 0 in group and len(group) > 1}
+    for path in files:
+        key = _channel_key(path)
+        group = None if key is None else groups.get(key[:2])
+        if key is None or group is None:
+            yield CaseFiles(stem(path), (path,), None, stem(path))
+        elif path == next(iter(group.values())):
+            name = key[1]
+            yield CaseFiles(name, _channel_files(name, group, num_channels), None, name)
+
+
+def _channel_groups(files: Sequence[Path]) -> dict[tuple[Path, str], Channels]:
+    groups: dict[tuple[Path, str], Channels] = {}
+    for path in files:
+        key = _channel_key(path)
+        if key is not None:
+            folder, name, channel = key
+            other = groups.setdefault((folder, name), {}).setdefault(channel, path)
+            if other != path:
+                raise _same_name(stem(path), other, path)
+    return groups
+
+
+def _channel_key(path: Path) -> tuple[Path, str, int] | None:
+    match = CHANNEL_FILE.fullmatch(stem(path))
+    return (path.parent, match["case"], int(match["channel"])) if match else None
+
+
+def _channel_files(name: str, group: Channels, num_channels: int) -> tuple[Path, ...]:
+    """Channel files in order; one that is missing keeps its place, so that reading names it."""
+    first = group[0]
+    ending = first.name[len(stem(first)) :]
+    count = max(num_channels, max(group) + 1)
+    return tuple(group.get(k, first.with_name(f"{name}_{k:04d}{ending}")) for k in range(count))
+
+
+def _validation_case(entry: Mapping[str, Any]) -> CaseFiles:
+    annotated = entry.get("annotated")
+    label = entry.get("label")
+    return CaseFiles(
+        name=str(entry["name"]),
+        images=tuple(Path(path) for path in entry["images"]),
+        label=None if label is None else Path(label),
+        group=str(entry.get("group") or entry["name"]),
+        annotated=None if annotated is None else tuple(map(str, annotated)),
+    )
+
+
+def _check_names(cases: Sequence[CaseFiles]) -> None:
+    seen: dict[str, CaseFiles] = {}
+    for case in cases:
+        other = seen.setdefault(case.name, case)
+        if other is not case:
+            raise _same_name(case.name, other.images[0], case.images[0])
+
+
+def _same_name(name: str, first: Path, second: Path) -> MedmomError:
+    return MedmomError(
+        f"{second}: {first} has the same name {name}, and so would its prediction. Rename one, or predict them apart."
+    )

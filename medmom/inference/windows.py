@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from monai.inferers import SlidingWindowInferer
+
+
+def sliding_window(patch: Sequence[int], *, overlap: float = 0.5, batch_size: int = 1) -> SlidingWindowInferer:
+    """Gives the way a whole case runs through a network: windows of the patch's size, blended by a Gaussian.
+
+    The same in validation and in predict.
+
+    Args:
+        patch: Voxels of a window along each axis.
+        overlap: Share of a window that the next one covers again.
+        batch_size: Windows that run through the network at once.
+
+    Returns:
+        A function of (image (B, C, *spatial), network) that gives logits (B, K, *spatial).
+
+    Source:
+        Isensee et al. 2021, doi:10.1038/s41592-020-01008-z: half overlap and Gaussian weights.
+    """
+    return SlidingWindowInferer(
+        roi_size=tuple(patch), sw_batch_size=batch_size, overlap=overlap, mode="gaussian", progress=False
+    )
+
+
+def num_windows(shape: Sequence[int], patch: Sequence[int], *, overlap: float = 0.5) -> int:
+    """Counts the windows of ``sliding_window`` over an image of this shape."""
+    steps = [1 if size == edge else max(1, int(edge * (1 - overlap))) for size, edge in zip(shape, patch, strict=True)]
+    over = [max(0, size - edge) for size, edge in zip(shape, patch, strict=True)]
+    return math.prod(-(-more // step) + 1 for more, step in zip(over, steps, strict=True))

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ROOT
+from tiny import LABELS, save_tiny
+
+from medmom.data.files import stem
+from medmom.data.preparation import Preparation
+from medmom.errors import MedmomError
+from medmom.inference.predict import predict
+
+ODD = ROOT.parent / "shared" / "data" / "odd-inputs"
+
+# Files of which either is right, and what was chosen (the reasons stand at medmom.data.files.read_image).
+CHOSEN = {
+    "formats/shear.nii.gz": "refuse",
+    "formats/wm.mgz": "refuse",
+    "formats/scaled+tlrc.HEAD": "refuse",
+    "formats/air.hdr.gz": "predict",
+    "formats/air2.hdr.gz": "predict",
+    "formats/test.mgz": "refuse",
+    "formats/small.mnc": "refuse",
+    "formats/tiny.mnc": "refuse",
+    "formats/minc2_baddim.mnc": "refuse",
+    "formats/phantom_EPI_asc_CLEAR_2_1.PAR": "refuse",
+    "dicom/two-slices-only": "refuse",
+    "derived/zeros.nii.gz": "refuse",
+    "derived/constant.nii.gz": "refuse",
+    "derived/single_slice.nii.gz": "predict",
+    "derived/two_d.nii.gz": "predict",
+    "derived/zero_pixdim.nii.gz": "refuse",
+    "derived/qform_sform_both_zero.nii.gz": "predict",
+    "derived/qform_sform_conflict.nii.gz": "refuse",
+    "derived/sheared.nii.gz": "refuse",
+    "derived/analyze75.hdr": "refuse",
+    "derived/not_gzipped.nii.gz": "equals base",
+    "derived/gzipped.nii": "equals base",
+}
+
+
+def manifest() -> dict[str, str]:
+    """What is expected of each entry, in this medmom: optional readers come later, so their formats are refused."""
+    if not (ODD / "manifest.csv").is_file():
+        return {}
+    with (ODD / "manifest.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["path"]: row["expect"] for row in csv.DictReader(file)}
+    expected = {path: CHOSEN[path] if expect == "either" else expect for path, expect in rows.items()}
+    return {path: "refuse" if expect == "extra" else expect for path, expect in expected.items()}
+
+
+def entries(*expectations: str) -> list[str]:
+    return [path for path, expect in manifest().items() if expect in expectations] or ["nothing here"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("odd") / "model", preparation=Preparation((4.0, 4.0, 4.0), "zscore"))
+
+
+@pytest.fixture(scope="module")
+def odd(shared_data: Path) -> Path:
+    if not (shared_data / "odd-inputs" / "manifest.csv").is_file():
+        pytest.skip("no odd inputs beside the checkout")
+    return shared_data / "odd-inputs"
+
+
+def in_ras(path: Path) -> np.ndarray:
+    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj)
+
+
+@pytest.fixture(scope="module")
+def base(model: Path, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    out = tmp_path_factory.mktemp("base") / "base.nii.gz"
+    predict(model, [odd / "derived" / "base.nii.gz"], out, quiet=True)
+    assert len(np.unique(in_ras(out))) == LABELS.num_channels, "every class must appear, or agreement says little"
+    return in_ras(out)
+
+
+@pytest.fixture(scope="module")
+def brain(model: Path, odd: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    out = tmp_path_factory.mktemp("brain") / "brain.nii.gz"
+    predict(model, [odd / "orientations" / "RAS.nii.gz"], out, quiet=True)
+    return in_ras(out)
+
+
+def check_on_own_grid(written: Path, source: Path) -> None:
+    ours, theirs = nib.load(written), nib.load(source)
+    shape = theirs.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    assert ours.shape == shape
+    np.testing.assert_allclose(ours.affine, theirs.affine, rtol=0, atol=1e-5)
+    assert ours.get_data_dtype() == np.uint8
+    assert set(np.unique(np.asarray(ours.dataobj))) <= set(LABELS.values)
+
+
+@pytest.mark.parametrize("path", [path for path in entries("predict", "equals base") if "orientations" not in path])
+def test_odd_file_is_predicted_on_its_own_grid(
+    path: str, model: Path, odd: Path, base: np.ndarray, tmp_path: Path
+) -> None:
+    (outcome,) = predict(model, [odd / path], tmp_path, quiet=True)
+    assert outcome.prediction == tmp_path / f"{stem(odd / path)}.nii.gz"
+    # nibabel does not open these two; their grid is that of the base.
+    is_misnamed = path in ("derived/not_gzipped.nii.gz", "derived/gzipped.nii")
+    check_on_own_grid(outcome.prediction, odd / ("derived/base.nii.gz" if is_misnamed else path))
+    if manifest()[path] == "equals base":
+        assert (in_ras(outcome.prediction) == base).mean() >= 0.999
+
+
+@pytest.mark.parametrize("path", entries("refuse"))
+def test_unusable_file_is_refused_in_one_line(path: str, model: Path, odd: Path, tmp_path: Path) -> None:
+    with pytest.raises(MedmomError) as caught:
+        predict(model, [odd / path], tmp_path / "out", quiet=True)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"{odd / path}: "), "the file comes first"
+    assert message.count(". ") >= 1, "a fact, then a mend"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPS", "PIR", "SAL", "AIL", "IRP"])
+def test_brain_is_segmented_alike_in_some_orientations(
+    code: str, model: Path, odd: Path, brain: np.ndarray, tmp_path: Path
+) -> None:
+    path = odd / "orientations" / f"{code}.nii.gz"
+    predict(model, [path], tmp_path / "out.nii.gz", quiet=True)
+    check_on_own_grid(tmp_path / "out.nii.gz", path)
+    assert (in_ras(tmp_path / "out.nii.gz") == brain).mean() >= 0.999
+
+
+@pytest.mark.slow
+def test_brain_is_segmented_alike_in_all_orientations(
+    model: Path, odd: Path, brain: np.ndarray, tmp_path: Path
+) -> None:
+    outcomes = predict(model, [odd / "orientations"], tmp_path, quiet=True)
+    assert len(outcomes) == 48
+    for outcome in outcomes:
+        assert outcome.prediction is not None, outcome.error
+        check_on_own_grid(outcome.prediction, outcome.case.images[0])
+        assert (in_ras(outcome.prediction) == brain).mean() >= 0.999

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tiny import LABELS, MRI, save_tiny, tiny_network
+
+from medmom import models, package
+from medmom.data.preparation import Preparation
+from medmom.errors import MedmomError
+from medmom.package import load_package, save_package
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("run") / "model")
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "model"))
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Changes the description and makes its checksum right again, as somebody with ill will could."""
+    path = folder / "model.json"
+    description = {**json.loads(path.read_text()), **changes}
+    del description["sha256"]
+    text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+    description["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+
+
+def test_package_gives_back_what_was_saved(tmp_path: Path) -> None:
+    network = tiny_network(2).eval()
+    preparation = Preparation((0.5, 0.75, 3.0), "ct", (-160.5, 240.25), 1 / 3, np.pi)
+    recipe = {"data": {"folder": Path("a/ü"), "lr": np.float32(0.5), 10: "ten", 9: "nine"}}
+    save_package(
+        tmp_path / "model",
+        network,
+        labels=LABELS,
+        preparation=preparation,
+        patch=(8, 16, 8),
+        channels=("FLAIR", "T1"),
+        recipe=recipe,
+    )
+    loaded = load_package(tmp_path / "model")
+    image = torch.randn(1, 2, 8, 16, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.network(image), network(image), rtol=0, atol=0)
+    assert not loaded.network.training
+    assert loaded.labels == LABELS
+    assert loaded.preparation == preparation
+    assert (loaded.patch, loaded.channels) == ((8, 16, 8), ("FLAIR", "T1"))
+    assert loaded.recipe == {"data": {"folder": "a/ü", "lr": 0.5, "10": "ten", "9": "nine"}}
+    assert {"medmom", "torch", "monai", "numpy", "python"} <= loaded.versions.keys()
+    assert loaded.versions["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("preset", ["mom2d_xs", "mom3d_xs"])
+def test_presets_survive_the_package(preset: str, tmp_path: Path) -> None:
+    network = getattr(models, preset)(1, 3)
+    save_package(
+        tmp_path / "model",
+        network,
+        labels=LABELS,
+        preparation=MRI,
+        patch=[32] * len(network.divisor),
+        channels=("MRI",),
+        recipe={},
+    )
+    loaded = load_package(tmp_path / "model").network
+    assert loaded.arguments == network.arguments
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name])
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["spatial_dims"] == len(network.divisor)
+
+
+def test_package_is_found_from_run_folder_package_and_file(sound: Path) -> None:
+    checksums = {load_package(path).checksum for path in (sound.parent, sound, sound / "model.json", str(sound))}
+    assert len(checksums) == 1
+
+
+def test_package_holds_plain_tensors_and_json_alone(sound: Path) -> None:
+    assert sorted(path.name for path in sound.iterdir()) == ["model.json", "model.safetensors"]
+    assert safetensors.torch.load_file(sound / "model.safetensors").keys() == tiny_network().state_dict().keys()
+
+
+def test_every_changed_byte_of_the_description_is_refused(copy: Path) -> None:
+    path = copy / "model.json"
+    content = path.read_bytes()
+    for position in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        with pytest.raises(MedmomError, match=r"model\.json: the content does not match its own checksum"):
+            load_package(copy)
+
+
+def test_every_changed_byte_of_the_weights_is_refused(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    content = path.read_bytes()
+    for position in [*range(16), *np.linspace(16, len(content) - 1, 50, dtype=int)]:
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        with pytest.raises(MedmomError, match=r"model\.safetensors: the weights do not match their checksum"):
+            load_package(copy)
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_truncated_package_is_refused(name: str, keep: int, copy: Path) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes()[:keep])
+    with pytest.raises(MedmomError, match=rf"{name}: .*checksum"):
+        load_package(copy)
+
+
+@pytest.mark.parametrize("addition", [b" ", b"\n", b"\0"])
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_appended_byte_is_refused(name: str, addition: bytes, copy: Path) -> None:
+    (copy / name).write_bytes((copy / name).read_bytes() + addition)
+    with pytest.raises(MedmomError, match="checksum"):
+        load_package(copy)
+
+
+def test_missing_weights_are_named(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(MedmomError, match=r"model\.safetensors: cannot be read"):
+        load_package(copy)
+
+
+def test_folder_without_package_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(MedmomError, match=r"neither model\.json nor model/model\.json"):
+        load_package(tmp_path)
+    with pytest.raises(MedmomError, match="there is no such folder"):
+        load_package(tmp_path / "absent")
+    with pytest.raises(MedmomError, match="cannot be read"):
+        load_package(tmp_path / ("a" * 300))
+    (tmp_path / "split.json").write_text("{}")
+    with pytest.raises(MedmomError, match="has not ended"):
+        load_package(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["os.system", "system", "nn", "MomentumUNet2", "plan_kernels_and_strides", "mom3d_m"])
+def test_network_is_built_from_a_known_class_alone(name: str, copy: Path) -> None:
+    arguments = tiny_network().arguments
+    rewrite(copy, network={"name": name, "arguments": arguments})
+    with pytest.raises(MedmomError, match=f"no network '{name}'.*update medmom"):
+        load_package(copy)
+
+
+def test_network_of_another_shape_is_refused(copy: Path) -> None:
+    rewrite(copy, network={"name": "MomentumUNet", "arguments": tiny_network(out_channels=5).arguments})
+    with pytest.raises(MedmomError, match=r"does not fit together.*size mismatch") as caught:
+        load_package(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_network_with_other_layers_is_refused(copy: Path) -> None:
+    arguments = {**tiny_network().arguments, "blocks": [1, 4]}
+    rewrite(copy, network={"name": "MomentumUNet", "arguments": arguments})
+    with pytest.raises(MedmomError, match=r"does not fit together.*Missing key"):
+        load_package(copy)
+
+
+def test_labels_and_channels_must_fit_the_network(copy: Path) -> None:
+    with pytest.raises(ValueError, match="from 2 to 3 channels, for 1 image channels and 3 labels"):
+        save_tiny(copy, network=tiny_network(2))
+    rewrite(copy, labels={"names": ["background", "liver"], "values": [0, 1], "ignore": None})
+    with pytest.raises(MedmomError, match="from 1 to 3 channels, for 1 image channels and 2 labels"):
+        load_package(copy)
+
+
+def test_unknown_layout_asks_for_an_update(copy: Path) -> None:
+    rewrite(copy, schema=2)
+    with pytest.raises(MedmomError, match=r"layout 2 .* reads layout 1\. Update medmom"):
+        load_package(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": None},
+        {"preparation": {"spacing": [1, 1, 1], "intensity": "zscore", "gamma": 2}},
+        {"network": {"name": "MomentumUNet", "arguments": {"depth": 3}}},
+        {"network": "MomentumUNet"},
+        {"network": {}},
+        {"patch": "large"},
+    ],
+)
+def test_malformed_description_is_refused_in_one_line(change: dict[str, Any], copy: Path) -> None:
+    rewrite(copy, **change)
+    with pytest.raises(MedmomError, match=r"does not fit together|is missing"):
+        load_package(copy)
+
+
+def test_newer_package_replaces_the_older(copy: Path) -> None:
+    before = load_package(copy).checksum
+    save_tiny(copy, network=tiny_network(seed=1))
+    after = load_package(copy)
+    assert after.checksum != before
+    assert torch.equal(next(after.network.parameters()), next(tiny_network(seed=1).parameters()))
+    assert [path.name for path in copy.parent.iterdir()] == ["model"]
+
+
+def test_failed_write_leaves_the_older_package(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_package(copy).checksum
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(package.os, "fsync", full)
+    with pytest.raises(MedmomError, match=r"cannot be written \(No space left on device\)"):
+        save_tiny(copy, network=tiny_network(seed=1))
+    assert load_package(copy).checksum == before
+    assert [path.name for path in copy.parent.iterdir()] == ["model"]
+
+
+def test_failed_rename_brings_the_older_package_back(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_package(copy).checksum
+    rename = Path.rename
+
+    def stubborn(self: Path, target: Path) -> Path:
+        if self.name.startswith(".draft"):
+            raise OSError(5, os.strerror(5))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stubborn)
+    with pytest.raises(MedmomError, match="cannot be written"):
+        save_tiny(copy, network=tiny_network(seed=1))
+    assert load_package(copy).checksum == before
+    assert [path.name for path in copy.parent.iterdir()] == ["model"]
+
+
+def test_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans" / "case.nii.gz").write_bytes(b"precious")
+    with pytest.raises(MedmomError, match="holds other files than a model package"):
+        save_tiny(tmp_path / "scans")
+    assert (tmp_path / "scans" / "case.nii.gz").read_bytes() == b"precious"
+
+
+def test_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MedmomError, match="cannot be written"):
+        save_tiny(tmp_path / "file" / "model")
+
+
+def test_foreign_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Conv3d is not a network of medmom\.models"):
+        save_tiny(tmp_path / "model", network=torch.nn.Conv3d(1, 3, 3))  # type: ignore[arg-type]
+    assert not (tmp_path / "model").exists()
+
+
+def test_loading_leaves_random_numbers_alone(sound: Path) -> None:
+    before = torch.get_rng_state()
+    load_package(sound)
+    assert torch.equal(torch.get_rng_state(), before)
