@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Numbers in a batch: on a CPU what its cache holds, elsewhere few launches and bounded copies.
+CPU_BATCH, DEVICE_BATCH = 2**18, 2**24
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
+
+
+class Batch(NamedTuple):
+    """Flat tensors of one group, type and device; on a CPU long tensors come in pieces.
+
+    Attributes:
+        group: Options of the parameter group.
+        group_index: Its place in ``param_groups``.
+        params: To be changed in place; complex numbers as pairs, half precision as float32.
+        grads: Not to be changed; already negated where the group maximizes.
+        state: By buffer, to be changed in place.
+        found_inf: 1 where this step must change nothing, as torch's fused kernels take it; None: it may.
+    """
+
+    group: dict[str, Any]
+    group_index: int
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: dict[str, list[Tensor]]
+    found_inf: Tensor | None
+
+
+class Batches:
+    """What an update works on: the parameters that have a gradient, batch by batch, and the numbers beside them.
+
+    Attributes:
+        scalars: By name, one number for each parameter that has a gradient, in the order of the groups.
+        totals: By name, one number for the whole optimizer.
+        spans: For each group, where its parameters stand in the lists of ``scalars`` and in ``sums``.
+        finite: Whether the loss is finite, on its device; None where it is known to be.
+    """
+
+    def __init__(
+        self, totals: dict[str, Tensor], finite: Tensor | None, *, num_groups: int, fused: bool, whole: bool
+    ) -> None:
+        self.scalars: dict[str, list[Tensor]] = {}
+        self.totals = totals
+        self.spans = [slice(0, 0)] * num_groups
+        self.finite = finite
+        self._fused = fused
+        self._whole = whole or fused
+        self._batches: list[Batch] = []
+        self._key: tuple[Any, ...] = ()
+        self._size = 0
+        self._owners: list[int] = []
+        self._shares: list[float] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Each batch once; what was written is taken back where the loss is not finite."""
+        for batch in self._batches:
+            params, grads = batch.params, batch.grads
+            dtype = WIDER.get(params[0].dtype, params[0].dtype)
+            if params[0].dtype != dtype or not params[0].is_contiguous():
+                params = [p.reshape(-1).to(dtype).contiguous() for p in params]
+            if grads[0].dtype != dtype:
+                grads = [g.to(dtype) for g in grads]
+            if batch.group["maximize"]:
+                grads = list(torch._foreach_neg(grads))
+            written = [] if self._fused else [params, *batch.state.values()]
+            before = self.copies(written)
+            yield batch._replace(params=params, grads=grads)
+            self.settle(written, before)
+            if params is not batch.params:
+                for stored, worked in zip(batch.params, params, strict=True):
+                    stored.copy_(worked.view(stored.shape))
+
+    def copies(self, written: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Values to go back to; none where the loss is known to be finite."""
+        return [] if self.finite is None else [[t.clone() for t in tensors] for tensors in written]
+
+    def settle(self, written: Sequence[Sequence[Tensor]], before: Sequence[Sequence[Tensor]]) -> None:
+        """Goes back to the copies, where there are any and the loss is not finite; asks the device nothing."""
+        if self.finite is not None and before:
+            for now, then in zip(chain(*written), chain(*before), strict=True):
+                now.copy_(torch.where(self.finite.to(now.device), now, then))
+
+    def sums(self, found: Sequence[Tensor]) -> Tensor:
+        """Adds up what was found tensor by tensor.
+
+        Args:
+            found: For each batch, in their order, shape (k, tensors of the batch).
+
+        Returns:
+            Shape (k, parameters that have a gradient): the sum over the pieces of a parameter and over the
+            processes that hold its shards, the mean over processes that hold copies of it.
+        """
+        home = self.totals["skipped"].device
+        sums = torch.cat([f.to(home) for f in found], dim=1)
+        if len(self._owners) > len(self._shares):
+            owners = torch.tensor(self._owners, device=home)
+            sums = sums.new_zeros(len(sums), len(self._shares)).index_add_(1, owners, sums)
+        return over_processes(sums, self._shares)
+
+    def add(
+        self, group: dict[str, Any], index: int, param: Tensor, tensors: Sequence[Tensor], names: Sequence[str]
+    ) -> None:
+        """Takes in the next parameter.
+
+        Args:
+            group: Its group.
+            index: The place of the group.
+            param: As the network holds it.
+            tensors: Flat: parameter, gradient, then the buffers.
+            names: Of the buffers.
+        """
+        on_cpu = tensors[0].device.type == "cpu"
+        limit = math.inf if self._fused else CPU_BATCH if on_cpu and not self._whole else DEVICE_BATCH
+        pieces = [tuple(tensors)]
+        if limit == CPU_BATCH < tensors[0].numel() and tensors[0].is_contiguous():
+            pieces = list(zip(*(t.split(CPU_BATCH) for t in tensors), strict=True))
+        for first, grad, *buffers in pieces:
+            key = (index, first.device, first.dtype, grad.dtype, first.is_contiguous())
+            if key != self._key or self._size >= limit:
+                found_inf = None if self.finite is None else (~self.finite).float().to(first.device)
+                self._batches.append(Batch(group, index, [], [], {name: [] for name in names}, found_inf))
+                self._key, self._size = key, 0
+            batch = self._batches[-1]
+            batch.params.append(first)
+            batch.grads.append(grad)
+            for name, buffer in zip(names, buffers, strict=True):
+                batch.state[name].append(buffer)
+            self._size += first.numel()
+            self._owners.append(len(self._shares))
+        self._shares.append(_shards(param))
+        begin = self.spans[index].start if self.spans[index].stop else len(self._shares) - 1
+        self.spans[index] = slice(begin, len(self._shares))
+
+
+def inner(*pairs: tuple[Sequence[Tensor], Sequence[Tensor]]) -> Tensor:
+    """Inner products of flat tensors with their partners in another list, shape (pairs, tensors)."""
+    products = [torch.dot(a, b) for first, second in pairs for a, b in zip(first, second, strict=True)]
+    return torch.stack(products).view(len(pairs), -1)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return shard
+
+
+def alike(first: Tensor, second: Tensor) -> bool:
+    """Whether the numbers of two tensors of one shape lie in the same order in memory."""
+    return (first.is_contiguous() and second.is_contiguous()) or first.stride() == second.stride()
+
+
+def flat(tensor: Tensor, like: Tensor) -> Tensor:
+    """All numbers of a tensor in the order in which those of ``like`` (dense) lie in memory, complex ones as pairs.
+
+    A view where both are alike, else a copy.
+    """
+    if not alike(tensor, like):
+        tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+    line = tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+    return torch.view_as_real(line).view(-1) if line.is_complex() else line
+
+
+def over_processes(values: Tensor, shards: Sequence[float]) -> Tensor:
+    """Totals over all processes; a process holds one of ``shards[i]`` shards of what ``values[:, i]`` speaks of."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    weights = shards[0] if len(set(shards)) == 1 else values.new_tensor(shards)
+    values = values * weights / dist.get_world_size()
+    dist.all_reduce(values)
+    return values
+
+
+def _shards(param: Any) -> float:
+    if not hasattr(param, "device_mesh"):
+        return 1.0
+    cut = zip(param.device_mesh.shape, param.placements, strict=True)
+    return float(math.prod(size for size, placement in cut if placement.is_shard()))

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from medmom.optim.batches import Batch, Batches
+from medmom.optim.engine import MomentumOptimizer
+
+
+class HeavyBall(MomentumOptimizer):
+    """Gradient descent with Polyak's momentum.
+
+    v <- momentum v + g, w <- w - lr v, with v = 0 at first; g is the gradient plus ``weight_decay`` w.
+    With ``nesterov``: w <- w - lr (g + momentum v).
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Step size.
+        momentum: Share of v that is kept, in [0, 1).
+        nesterov: Whether to look one momentum step ahead.
+        weight_decay: Factor of w that is added to the gradient.
+        maximize: Whether to climb.
+
+    Source:
+        Polyak 1964, doi:10.1016/0041-5553(64)90137-5; Nesterov's form and the kernel as in ``torch.optim.SGD``.
+    """
+
+    buffers = ("velocity",)
+    fused = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        options = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        super().__init__(params, {**options, "maximize": maximize})
+
+    def update(self, batches: Batches, loss: Tensor | None) -> None:
+        """Takes one step of the formula above."""
+        for batch in batches:
+            _fused_sgd(batch)
+
+
+# torch.compile cannot look into the kernel (it has no meta form), and has nothing to gain there.
+@torch.compiler.disable
+def _fused_sgd(batch: Batch) -> None:
+    group = batch.group
+    # The kernel keeps no velocity where momentum is 0; v <- g is what it does with any other at its first step.
+    momentum = group["momentum"]
+    torch._fused_sgd_(
+        batch.params,
+        batch.grads,
+        batch.state["velocity"],
+        weight_decay=group["weight_decay"],
+        momentum=momentum or 1.0,
+        lr=group["lr"],
+        dampening=0.0,
+        nesterov=group["nesterov"] and momentum > 0,
+        maximize=False,
+        is_first_step=momentum == 0,
+        found_inf=batch.found_inf,
+    )
