@@ -12,8 +12,8 @@ from tiny import save_tiny
 from medmom.data.cache import CaseCache
 from medmom.data.case import Case, CaseFiles, read_case
 from medmom.data.files import read_image, read_label, write_label
-from medmom.data.module import PrepareCased, to_sample
 from medmom.data.preparation import Preparation, prepare, restore
+from medmom.data.transforms import PrepareCased, to_sample
 from medmom.geometry import Geometry
 from medmom.inference.predict import Predictor
 from medmom.labels import Labels

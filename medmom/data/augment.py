@@ -86,7 +86,7 @@ def monai_transforms(specifications: Sequence[Mapping[str, Any]]) -> list[Transf
 
 def _monai_transform(arguments: dict[str, Any]) -> Transform:
     name = str(arguments.pop("class", ""))
-    kind = getattr(monai.transforms, name, None)
+    kind: Any = getattr(monai.transforms, name, None)
     if not _takes_dictionaries(kind):
         known = [each for each, found in vars(monai.transforms).items() if _takes_dictionaries(found)]
         close = difflib.get_close_matches(name, known, n=1)

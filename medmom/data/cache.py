@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
+from monai.transforms import Compose
 from tqdm import tqdm
 
 from medmom.data.case import Case, CaseFiles, read_case
 from medmom.data.files import stem
 from medmom.data.nifti import HEADER_SUFFIXES, VOXEL_SUFFIXES, suffix
-from medmom.data.preparation import Preparation, prepare
+from medmom.data.preparation import Preparation
+from medmom.data.transforms import PrepareCased, ReadCased, to_case
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 from medmom.labels import IGNORE, Labels
@@ -108,8 +110,8 @@ class CaseCache:
         return self._each(cases, lambda files: self._prepared(files, preparation), "Preparing")
 
     def _each(self, cases: Sequence[CaseFiles], work: Callable[[CaseFiles], T], what: str) -> list[T]:
-        # Threads, not processes: an exception arrives whole, and nobody dies unseen.
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        # Threads, not processes: an exception arrives whole, and nobody dies unseen. Two: a large CT takes gigabytes.
+        with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
             results = pool.map(work, cases)
             return list(tqdm(results, desc=what, total=len(cases), unit="case", disable=self.quiet, leave=False))
 
@@ -123,8 +125,18 @@ class CaseCache:
     def _prepared(self, files: CaseFiles, preparation: Preparation) -> PreparedCase:
         entry = Entry.of(self.folder / "cases", files, self.labels, asdict(preparation))
         if not entry.is_sound():
-            entry.write(_case_arrays(prepare(read_case(files, self.labels), preparation)))
+            entry.write(_case_arrays(self._prepare_anew(files, preparation)))
         return PreparedCase(files.name, entry)
+
+    def _prepare_anew(self, files: CaseFiles, preparation: Preparation) -> Case:
+        pipeline = Compose([ReadCased(self.labels), PrepareCased(preparation)])
+        try:
+            return to_case(pipeline(files))
+        except RuntimeError as error:
+            # Compose says which transform failed and keeps what it said itself as the cause.
+            if isinstance(error.__cause__, MedmomError):
+                raise error.__cause__ from None
+            raise
 
 
 @dataclass(frozen=True)

@@ -2,54 +2,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from monai.data import Dataset, MetaTensor, list_data_collate
-from monai.transforms import Compose, MapTransform, RandCropByPosNegLabeld, ResizeWithPadOrCropd, Transform
+from monai.data import Dataset, list_data_collate
+from monai.transforms import Compose, RandCropByPosNegLabeld, ResizeWithPadOrCropd, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import DataLoader, Sampler
 
 from medmom.data.cache import PreparedCase
-from medmom.data.case import Case
-from medmom.data.preparation import Preparation, prepare
-from medmom.geometry import Geometry
+from medmom.data.transforms import Sample, to_sample
 
-Sample = dict[str, Any]
 FOREGROUND_SHARE = 1 / 3
 """Share of patches that are centred on a foreground voxel, as in nnU-Net."""
-
-
-def to_sample(case: Case) -> Sample:
-    """Turns a case into the dictionary that MONAI transforms take: MetaTensors that carry the case's affine."""
-    affine = torch.from_numpy(case.geometry.affine)
-    sample: Sample = {"case": case.name, "annotated": torch.tensor(case.annotated)}
-    sample["image"] = MetaTensor(torch.from_numpy(case.image), affine=affine)
-    if case.label is not None:
-        sample["label"] = MetaTensor(torch.from_numpy(case.label[None]), affine=affine)
-    return sample
-
-
-class PrepareCased(MapTransform):
-    """``prepare`` as a MONAI transform: MetaTensors on the case's own grid in, on the working grid out.
-
-    Keys: ``image`` (C, X, Y, Z), optionally ``label`` (1, X, Y, Z) of channel indices.
-    """
-
-    def __init__(self, preparation: Preparation) -> None:
-        super().__init__(keys=("image",))
-        self.preparation = preparation
-
-    def __call__(self, data: Sample) -> Sample:
-        """Prepares one case; other entries of the dictionary stay as they are."""
-        image = data["image"]
-        label = np.asarray(data["label"][0]).astype(np.uint8) if "label" in data else None
-        geometry = Geometry(tuple(image.shape[1:]), np.asarray(image.affine))
-        case = Case(data.get("case", ""), np.asarray(image, dtype=np.float32), label, geometry, ())
-        prepared = to_sample(prepare(case, self.preparation))
-        return {**data, **{key: prepared[key] for key in ("image", "label") if key in prepared}}
 
 
 class OpenPrepared(Transform):
