@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import pydoc
 import re
 import textwrap
@@ -252,10 +253,9 @@ class RecipeFile:
             )
         self._refuse_unknown(content, overrides)
         # A section all of whose keys are commented out says nothing.
-        for key in ("loss", "optimizer"):
-            if any(part == f"--{key}" or part.startswith(f"--{key}=") for part in overrides):
-                # Another class starts from its own defaults: the learning rate of one rule is not that of another.
-                content.pop(key, None)
+        # Another class starts from its own defaults: the learning rate of one rule is not that of another.
+        content |= {key: {"class_path": name} for key, name in _new_classes(overrides).items()}
+        self._refuse_other_classes(content)
         content = {key: {} if value is None and key in SECTIONS else value for key, value in content.items()}
         try:
             self._values = self._parser.parse_args(list(overrides), namespace=self._parser.parse_object(content))
@@ -292,6 +292,14 @@ class RecipeFile:
             return Recipe(loss=objects.loss, optimizer=objects.optimizer, **sections)
         except (ValueError, TypeError) as error:
             raise MedmomError(f"{self.path}: {_one_line(error)}") from None
+
+    def _refuse_other_classes(self, content: dict[str, Any]) -> None:
+        """Only a loss is called as one, and only an optimizer: no other function of any module."""
+        for key, base in (("loss", nn.Module), ("optimizer", Optimizer)):
+            name = content[key].get("class_path") if isinstance(content.get(key), dict) else None
+            kind = pydoc.locate(name) if isinstance(name, str) else None
+            if kind is not None and not (isinstance(kind, type) and issubclass(kind, base)):
+                raise MedmomError(f"{self.path}: {key}: {name} is no {base.__name__}; name a subclass of it.")
 
     def _refuse_unknown(self, content: dict[str, Any], overrides: Sequence[str]) -> None:
         known = known_keys()
@@ -344,6 +352,17 @@ def _refuse_below(section: str, values: Any, lowest: Mapping[str, float]) -> Non
 def _section(objects: Namespace, name: str, kind: type) -> Any:
     value = objects[name]
     return value if isinstance(value, kind) else kind(**vars(value))
+
+
+def _new_classes(overrides: Sequence[str]) -> dict[str, str]:
+    """Classes that the command line names for the loss or the optimizer."""
+    classes = {}
+    for part, following in itertools.zip_longest(overrides, overrides[1:], fillvalue=""):
+        option, _, value = part.partition("=")
+        value = value or following
+        if option in ("--loss", "--optimizer") and re.fullmatch(r"[\w.]+", value):
+            classes[option[2:]] = value
+    return classes
 
 
 def _keys(content: dict[str, Any], prefix: str = "") -> list[str]:
