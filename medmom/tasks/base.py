@@ -104,8 +104,9 @@ class BaseTask(lightning.LightningModule):
         torch.manual_seed(self.seed + self.current_epoch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Puts a two-point optimizer where gradients are taken."""
+        """Puts a two-point optimizer where gradients are taken, and logs the learning rate of the step to come."""
         self._switch("train")
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
         """Puts a two-point optimizer at the weights that count, which are the ones saved."""

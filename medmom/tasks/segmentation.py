@@ -69,10 +69,6 @@ class SegmentationTask(BaseTask):
         mean = by_class.nanmean()
         self.log("val_dice", torch.where(mean.isnan(), 0.0, mean), prog_bar=True, sync_dist=True)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Logs the learning rate."""
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True)
-
 
 def dice_by_class(prediction: Tensor, reference: Tensor, annotated: Tensor) -> Tensor:
     """Dice of each foreground class in each case.

@@ -1,0 +1,272 @@
+"""Training from a folder of scans to a model package."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import PATCH, rows, tiny_recipe, write_recipe, write_scans
+
+from medmom import models
+from medmom.errors import MedmomError
+from medmom.package import load_package
+from medmom.recipe import RecipeFile, recipe_path
+from medmom.run import next_run
+from medmom.train import build_network, resume, train
+
+
+def run(folder: Path, name: str, *overrides: str, **training: object) -> Path:
+    out = folder / name
+    train(tiny_recipe(folder, *overrides, **training), out, device="cpu", quiet=True)
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, not to be changed."""
+    return run(tmp_path_factory.mktemp("finished"), "run")
+
+
+def test_run_folder_holds_all_that_was_promised(finished: Path) -> None:
+    held = {path.name for path in finished.iterdir()}
+    files = {"recipe.yaml", "split.json", "metrics.csv", "last.ckpt", "best.ckpt"}
+    assert held == {*files, "tensorboard", "pictures", "model"}
+    assert {path.name for path in (finished / "model").iterdir()} == {"model.safetensors", "model.json"}
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert [path.name for path in sorted((finished / "pictures").iterdir())] == ["epoch_0001.png", "epoch_0002.png"]
+
+
+def test_data_folder_stays_as_it_was(finished: Path) -> None:
+    held = sorted(str(path.relative_to(finished.parent / "scans")) for path in (finished.parent / "scans").rglob("*"))
+    files = [f"{kind}/case_{k}.nii.gz" for kind in ("images", "labels") for k in range(5)]
+    assert held == sorted(["images", "labels", "dataset.json", *files])
+
+
+def test_metrics_hold_a_row_an_epoch(finished: Path) -> None:
+    table = rows(finished / "metrics.csv")
+    assert [(row["epoch"], row["step"]) for row in table] == [("0", "2"), ("1", "4")]
+    for row in table:
+        assert float(row["train_loss"]) > 0
+        assert 0 <= float(row["val_dice"]) <= 1
+        both = float(row["val_dice_head"]) + float(row["val_dice_body"])
+        assert float(row["val_dice"]) == pytest.approx(both / 2, abs=1e-5)
+
+
+def test_package_is_the_last_network_and_predicts(finished: Path) -> None:
+    package = load_package(finished)
+    saved = torch.load(finished / "last.ckpt", weights_only=True)["state_dict"]
+    state = package.network.state_dict()
+    assert all(torch.equal(state[key], saved[f"network.{key}"]) for key in state)
+    assert package.labels.names == ("background", "head", "body")
+    assert package.labels.values == (0, 1, 4)
+    assert package.patch == tuple(PATCH)
+    assert package.channels == ("MRI",)
+    assert package.preparation.spacing == (1.0, 1.0, 2.0)
+    with torch.inference_mode():
+        assert package.network(torch.zeros(1, 1, *PATCH)).shape == (1, 3, *PATCH)
+
+
+def test_package_does_not_say_where_the_data_lay(finished: Path) -> None:
+    assert str(finished.parent) not in (finished / "model" / "model.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_checkpoint_holds_no_code(finished: Path, name: str) -> None:
+    state = torch.load(finished / name, weights_only=True)
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "loops"} <= state.keys()
+
+
+def test_stored_recipe_is_complete_and_trains_the_same(finished: Path, tmp_path: Path) -> None:
+    stored = RecipeFile(finished / "recipe.yaml")
+    assert stored.get("training.epochs") == 2
+    train(stored, tmp_path / "again", device="cpu", quiet=True)
+    assert same(weights(tmp_path / "again"), weights(finished))
+    assert (tmp_path / "again" / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
+
+
+def test_another_seed_gives_other_weights_on_the_same_split(finished: Path) -> None:
+    other = run(finished.parent, "seed", training_seed := "--training.seed", "7")
+    assert training_seed
+    assert not same(weights(other), weights(finished))
+    first, second = (json.loads((out / "split.json").read_text()) for out in (finished, other))
+    assert first == second
+
+
+def test_split_lists_every_case_once_with_its_files(finished: Path) -> None:
+    split = json.loads((finished / "split.json").read_text())
+    assert (split["fold"], split["folds"], split["seed"]) == (0, 5, 0)
+    assert Path(split["folder"]) == finished.parent / "scans"
+    assert len(split["validation"]) == 1
+    cases = [*split["train"], *split["validation"]]
+    assert sorted(case["name"] for case in cases) == [f"case_{k}" for k in range(5)]
+    for case in cases:
+        assert all(Path(path).is_file() for path in (*case["images"], case["label"]))
+
+
+def test_patients_never_lie_on_both_sides(tmp_path: Path) -> None:
+    data = write_scans(tmp_path / "scans", num_cases=8)
+    lines = [f"case_{k}.nii.gz,person_{k // 2}" for k in range(8)]
+    (data / "cases.csv").write_text("\n".join(["file,patient", *lines]) + "\n")
+    for fold in range(2):
+        out = run(tmp_path, f"fold{fold}", "--data.folds", "2", "--data.fold", str(fold), epochs=1, steps_per_epoch=1)
+        split = json.loads((out / "split.json").read_text())
+        groups = [{case["group"] for case in split[side]} for side in ("train", "validation")]
+        assert len(split["validation"]) == 4
+        assert not groups[0] & groups[1]
+        assert groups[0] | groups[1] == {f"person_{k}" for k in range(4)}
+
+
+def test_the_same_image_on_both_sides_is_refused(tmp_path: Path) -> None:
+    data = write_scans(tmp_path / "scans", num_cases=2)
+    shutil.copy(data / "images" / "case_0.nii.gz", data / "images" / "case_1.nii.gz")
+    with pytest.raises(MedmomError, match=r"case_[01] \(validation\) holds the same image as case_[01] \(training\)"):
+        run(tmp_path, "run", "--data.folds", "2")
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_best_weights_are_packaged_where_the_recipe_says_so(tmp_path: Path) -> None:
+    # So high a rate that the network is worse after more of it.
+    rate = ("--optimizer.init_args.lr", "0.3")
+    out = run(tmp_path, "best", *rate, "--training.keep", "best", epochs=4, steps_per_epoch=1, schedule="constant")
+    saved = torch.load(out / "best.ckpt", weights_only=True)
+    dice = [float(row["val_dice"]) for row in rows(out / "metrics.csv")]
+    assert saved["epoch"] == dice.index(max(dice))
+    state = weights(out)
+    assert all(torch.equal(state[key], saved["state_dict"][f"network.{key}"]) for key in state)
+
+
+def test_validation_and_pictures_come_as_often_as_asked(tmp_path: Path) -> None:
+    out = run(tmp_path, "rare", epochs=5, steps_per_epoch=1, validate_every=2, picture_every=5)
+    assert [bool(row["val_dice"]) for row in rows(out / "metrics.csv")] == [False, True, False, True, False]
+    # The last validation is drawn, though it is not the fifth.
+    assert [path.name for path in (out / "pictures").iterdir()] == ["epoch_0004.png"]
+
+
+def test_steps_are_optimizer_steps_under_accumulation(tmp_path: Path) -> None:
+    out = run(tmp_path, "parts", accumulate=3)
+    assert [row["step"] for row in rows(out / "metrics.csv")] == ["2", "4"]
+
+
+@pytest.mark.parametrize("optimizer", ["medmom.optim.MoMo", "torch.optim.AdamW"])
+def test_other_optimizers_train(optimizer: str, tmp_path: Path) -> None:
+    recipe = RecipeFile(
+        write_recipe(tmp_path / "tiny.yaml", write_scans(tmp_path / "scans"), epochs=1),
+        [f"--optimizer={optimizer}", "--optimizer.init_args.lr=0.01"],
+    )
+    assert train(recipe, tmp_path / "run", device="cpu", quiet=True) == tmp_path / "run" / "model"
+
+
+@pytest.mark.slow
+def test_loss_falls_and_dice_rises(tmp_path: Path) -> None:
+    rate = ("--optimizer.init_args.lr", "0.1")
+    out = run(tmp_path, "longer", "--data.augment", "false", *rate, epochs=5, steps_per_epoch=12)
+    table = rows(out / "metrics.csv")
+    losses = [float(row["train_loss"]) for row in table]
+    assert losses[-1] < 0.5 * losses[0]
+    assert float(table[-1]["val_dice"]) > 0.7
+
+
+def test_folder_with_something_in_it_is_not_written_to(finished: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(MedmomError, match=r"already there; .*--resume"):
+        train(tiny_recipe(tmp_path), finished, device="cpu", quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_empty_folder_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run(tmp_path, "run", epochs=1, steps_per_epoch=1)
+
+
+def refused(folder: Path, *overrides: str, **training: object) -> str:
+    with pytest.raises(MedmomError) as caught:
+        run(folder, "refused", *overrides, **training)
+    # What never started leaves no folder, so that the same command works once it is mended.
+    assert not (folder / "refused").exists()
+    return str(caught.value)
+
+
+def test_patch_that_cannot_be_halved_is_refused_with_the_next_size(tmp_path: Path) -> None:
+    assert "next size is [40, 32, 8]" in refused(tmp_path, "--data.patch", "[33, 32, 8]")
+
+
+def test_patch_that_is_too_small_is_refused(tmp_path: Path) -> None:
+    assert "larger patch" in refused(tmp_path, "--data.patch", "[8, 8, 8]")
+
+
+@pytest.mark.parametrize("preset", ["mom3d_xxs", "mom2d_xs", "plan_kernels_and_strides", "MomentumUNet"])
+def test_unknown_preset_is_refused_with_the_known_ones(preset: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, "--model.preset", preset)
+    assert preset in message
+    assert "mom3d_xs" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        (["--training.epochs", "0"], "training.epochs 0"),
+        (["--training.steps_per_epoch", "0"], "training.steps_per_epoch 0"),
+        (["--training.accumulate", "0"], "training.accumulate 0"),
+        (["--training.validate_every", "0"], "training.validate_every 0"),
+        (["--training.picture_every", "0"], "training.picture_every 0"),
+        (["--training.seed", "-1"], "training.seed -1"),
+        (["--training.seed", "4294967296"], "training.seed 4294967296"),
+        (["--training.warmup_steps", "4"], "warm-up must end before the training"),
+        (["--training.precision", "fp8"], "precision"),
+        (["--training.max_minutes", "0.0001"], "training.max_minutes"),
+        (["--data.batch_size", "0"], "data.batch_size 0"),
+        (["--data.workers", "-1"], "data.workers -1"),
+        (["--data.patch", "[0, 32, 8]"], "data.patch"),
+        (["--data.fold", "5"], "fold 5 of 5"),
+        (["--data.folds", "9"], "cannot make 9 folds"),
+        (["--model.gate", "1.5"], "gate"),
+        (["--optimizer.init_args.lr", "-1"], "lr is -1"),
+        (["--optimizer", "medmom.optim.MoMo", "--training.precision", "16-mixed"], "bf16-mixed or 32-true"),
+        (["--data.folder", "nowhere"], "nowhere"),
+        (["--data.folder", "null"], "say --data.folder FOLDER"),
+    ],
+)
+def test_setting_that_cannot_work_is_refused_before_training(changes: list[str], fact: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, *changes)
+    assert fact in message
+    assert "\n" not in message
+
+
+def test_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MedmomError, match="choose auto, cpu, cuda"):
+        train(tiny_recipe(tmp_path), tmp_path / "run", device="tpu", quiet=True)
+
+
+def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert next_run("liver") == Path("runs/liver-001")
+    for name in ("liver-001", "liver-007", "lung-009", "liver-abc"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert next_run("liver") == Path("runs/liver-008")
+
+
+def test_finished_run_is_not_trained_again(finished: Path) -> None:
+    before = (finished / "model" / "model.safetensors").stat().st_mtime_ns
+    assert resume(finished, device="cpu", quiet=True) == finished / "model"
+    assert (finished / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_every_shipped_recipe_makes_a_network_for_its_patch() -> None:
+    for name in ("demo", "hippocampus", "ct_organs", "liver", "lung", "colon"):
+        recipe = RecipeFile(recipe_path(name)).build()
+        with torch.device("meta"):
+            network = build_network(recipe, 1, 3)
+        assert isinstance(network, models.MomentumUNet)
+        assert not any(n % d for n, d in zip(recipe.data.patch, network.divisor, strict=True))
