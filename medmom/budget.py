@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from medmom.data.module import CaseDataModule
 from medmom.errors import MedmomError
 
-WARM_UP, MEASURED = 3, 9
+WARM_UP, MEASURED = 5, 16
 """Steps before the clock counts (allocation, kernels being chosen), and steps that it measures."""
 
 VALIDATION_SHARE = 0.1

@@ -33,8 +33,6 @@ Every value of a recipe can be changed here, as --section.key value:
   medmom train hippocampus --data.folder Task04 --model.preset mom3d_xs --training.max_minutes 30
   medmom train my_recipe.yaml --data.fold 1 --out runs/fold1
   medmom train --resume runs/fold1
-
-{keys}
 """
 
 
@@ -162,7 +160,8 @@ def _add_demo(commands: Any) -> None:
 def _train_help(command: argparse.ArgumentParser) -> str:
     from medmom.recipe import describe_keys, shipped_recipes
 
-    command.description = TRAIN.format(recipes=", ".join(shipped_recipes()), keys=describe_keys())
+    command.description = TRAIN.format(recipes=", ".join(shipped_recipes()))
+    command.epilog = describe_keys()
     return argparse.ArgumentParser.format_help(command)
 
 

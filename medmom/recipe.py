@@ -252,10 +252,10 @@ class RecipeFile:
                 f"{path}: a recipe is a table of sections; this file holds none. See configs/ for examples."
             )
         self._refuse_unknown(content, overrides)
-        # A section all of whose keys are commented out says nothing.
         # Another class starts from its own defaults: the learning rate of one rule is not that of another.
         content |= {key: {"class_path": name} for key, name in _new_classes(overrides).items()}
         self._refuse_other_classes(content)
+        # A section all of whose keys are commented out says nothing.
         content = {key: {} if value is None and key in SECTIONS else value for key, value in content.items()}
         try:
             self._values = self._parser.parse_args(list(overrides), namespace=self._parser.parse_object(content))
@@ -328,9 +328,8 @@ def describe_keys() -> str:
     for name, kind in SECTIONS.items():
         meanings = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", kind.__doc__ or "", flags=re.MULTILINE)
         for key, meaning in meanings:
-            lines += textwrap.wrap(
-                f"--{name}.{key}  {' '.join(meaning.split())}", 110, initial_indent="  ", subsequent_indent="      "
-            )
+            plain = " ".join(meaning.split()).replace("``", "").replace("None", "null")
+            lines += textwrap.wrap(f"--{name}.{key}  {plain}", 110, initial_indent="  ", subsequent_indent="      ")
     return "\n".join([*lines, "  --loss, --optimizer  a class_path and its init_args, as in configs/*.yaml"])
 
 

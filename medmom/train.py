@@ -258,11 +258,8 @@ def _check_model(recipe: Recipe, labels: Labels) -> None:
 
 
 def _check_optimizer(recipe: Recipe, network: nn.Module) -> None:
-    """Makes the optimizer and the schedule once, so that what they refuse is said before the scans are read."""
-    try:
-        optimizer = recipe.optimizer(network.parameters())
-    except (TypeError, ValueError) as error:
-        raise MedmomError(f"optimizer: {error}") from None
+    """Makes the optimizer and the schedule once, so that what does not fit is said before the scans are read."""
+    optimizer = recipe.optimizer(network.parameters())
     if getattr(optimizer, "needs_loss", False) and str(recipe.training.precision).startswith("16"):
         raise MedmomError(
             f"training.precision {recipe.training.precision}: hands no loss on, and {type(optimizer).__name__} needs "
