@@ -15,7 +15,7 @@ from medmom.errors import MedmomError
 WARM_UP, MEASURED = 5, 16
 """Steps before the clock counts (allocation, kernels being chosen), and steps that it measures."""
 
-VALIDATION_SHARE = 0.1
+VALIDATION_SHARE = 0.2
 MOST_EPOCHS, SHORTEST_EPOCH_S = 50, 6.0
 """Each epoch costs checkpoints and a validation, which are not worth it more often."""
 

@@ -22,7 +22,7 @@ def run_demo(out: Path, *, minutes: float, device: str = "auto", quiet: bool = F
     """Goes the whole road on made-up scans: phantoms, training, prediction, scores, report.
 
     Args:
-        out: A new folder; ``phantoms/`` is trained on, ``unseen/`` is scored, ``run/`` holds the rest.
+        out: A new folder; ``phantoms/`` is trained on, ``unseen/`` is scored, ``demo/`` is the run folder.
         minutes: Time for the training.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         quiet: Whether to leave out progress bars.
@@ -43,7 +43,7 @@ def run_demo(out: Path, *, minutes: float, device: str = "auto", quiet: bool = F
     recipe = RecipeFile(recipe_path("demo"), ["--training.max_minutes", str(minutes)])
     recipe.set("data.folder", str(out / "phantoms"))
     recipe.set("data.cache", str(out / "cache"))
-    run = out / "run"
+    run = out / "demo"
     train(recipe, run, device=device, quiet=quiet)
     logger.info("3 of 5  Segmenting the unseen phantoms, each on its own grid.")
     predict(run, [str(out / "unseen" / "images")], run / "predictions", device=device, quiet=quiet)
