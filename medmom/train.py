@@ -28,6 +28,7 @@ from medmom.device import torch_device
 from medmom.errors import MedmomError
 from medmom.inference.windows import sliding_window
 from medmom.labels import Labels
+from medmom.models.presets import SIZES
 from medmom.optim import schedules
 from medmom.package import package_folder, save_package
 from medmom.recipe import Recipe, RecipeFile, TrainingRecipe
@@ -231,8 +232,7 @@ def build_network(recipe: Recipe, in_channels: int, out_channels: int) -> nn.Mod
     preset = getattr(models, recipe.model.preset)
     options = asdict(recipe.model)
     del options["preset"]
-    with torch.device("meta"):
-        num_stages = len(preset(1, 2).arguments["channels"])
+    num_stages = len(SIZES[recipe.model.preset].channels)
     try:
         kernels, strides = models.plan_kernels_and_strides(
             recipe.data.patch, recipe.preparation.spacing or (1.0, 1.0, 1.0), num_stages
@@ -244,7 +244,7 @@ def build_network(recipe: Recipe, in_channels: int, out_channels: int) -> nn.Mod
 
 
 def _check_model(recipe: Recipe, labels: Labels) -> None:
-    presets = [name for name in models.__all__ if name.startswith("mom3d")]
+    presets = [name for name, size in SIZES.items() if size.spatial_dims == 3]
     if recipe.model.preset not in presets:
         raise MedmomError(f"model.preset {recipe.model.preset}: not a 3-D preset; choose one of {', '.join(presets)}.")
     network = build_network(recipe, 1, labels.num_channels)

@@ -6,6 +6,7 @@ kernels of 3 on every axis and halves every axis from stage to stage. Gate, coup
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple, TypedDict, Unpack
 
 from medmom.models.momentum import Coupling
 from medmom.models.unet import MomentumUNet
@@ -15,28 +16,42 @@ __all__ = ["mom2d_xs", "mom3d_m", "mom3d_s", "mom3d_sr", "mom3d_xs", "plan_kerne
 ByStage = Sequence[Sequence[int]]
 
 
+class Size(NamedTuple):
+    """What makes a preset: axes, channels by stage, residual blocks by stage."""
+
+    spatial_dims: int
+    channels: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+
+SIZES = {
+    "mom2d_xs": Size(2, (8, 16, 32, 64, 128), (1, 3, 3, 3, 3)),
+    "mom3d_xs": Size(3, (8, 16, 32, 48), (1, 3, 3, 3)),
+    "mom3d_s": Size(3, (32, 64, 128, 256), (1, 3, 3, 3)),
+    "mom3d_sr": Size(3, (32, 64, 128, 256), (1, 3, 4, 6)),
+    "mom3d_m": Size(3, (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)),
+}
+"""Every preset by its name."""
+
+
+class Options(TypedDict, total=False):
+    """Options of ``MomentumUNet`` that every preset takes."""
+
+    gate: float
+    coupling: Coupling
+    deep_supervision: bool
+
+
 def mom2d_xs(
     in_channels: int,
     out_channels: int,
     *,
     kernels: ByStage | None = None,
     strides: ByStage | None = None,
-    gate: float = 0.9,
-    coupling: Coupling = "normalised",
-    deep_supervision: bool = True,
+    **options: Unpack[Options],
 ) -> MomentumUNet:
     """2-D, for the CPU: 1.24 M parameters with one channel and three classes."""
-    return MomentumUNet(
-        in_channels,
-        out_channels,
-        channels=(8, 16, 32, 64, 128),
-        blocks=(1, 3, 3, 3, 3),
-        kernels=kernels or _cubes(5, spatial_dims=2),
-        strides=strides or _halvings(5, spatial_dims=2),
-        gate=gate,
-        coupling=coupling,
-        deep_supervision=deep_supervision,
-    )
+    return _build("mom2d_xs", in_channels, out_channels, (kernels, strides), options)
 
 
 def mom3d_xs(
@@ -45,22 +60,10 @@ def mom3d_xs(
     *,
     kernels: ByStage | None = None,
     strides: ByStage | None = None,
-    gate: float = 0.9,
-    coupling: Coupling = "normalised",
-    deep_supervision: bool = True,
+    **options: Unpack[Options],
 ) -> MomentumUNet:
     """3-D, for the CPU: 0.64 M parameters with one channel and three classes."""
-    return MomentumUNet(
-        in_channels,
-        out_channels,
-        channels=(8, 16, 32, 48),
-        blocks=(1, 3, 3, 3),
-        kernels=kernels or _cubes(4, spatial_dims=3),
-        strides=strides or _halvings(4, spatial_dims=3),
-        gate=gate,
-        coupling=coupling,
-        deep_supervision=deep_supervision,
-    )
+    return _build("mom3d_xs", in_channels, out_channels, (kernels, strides), options)
 
 
 def mom3d_s(
@@ -69,22 +72,10 @@ def mom3d_s(
     *,
     kernels: ByStage | None = None,
     strides: ByStage | None = None,
-    gate: float = 0.9,
-    coupling: Coupling = "normalised",
-    deep_supervision: bool = True,
+    **options: Unpack[Options],
 ) -> MomentumUNet:
     """3-D, for small structures: 14.4 M parameters with one channel and three classes."""
-    return MomentumUNet(
-        in_channels,
-        out_channels,
-        channels=(32, 64, 128, 256),
-        blocks=(1, 3, 3, 3),
-        kernels=kernels or _cubes(4, spatial_dims=3),
-        strides=strides or _halvings(4, spatial_dims=3),
-        gate=gate,
-        coupling=coupling,
-        deep_supervision=deep_supervision,
-    )
+    return _build("mom3d_s", in_channels, out_channels, (kernels, strides), options)
 
 
 def mom3d_sr(
@@ -93,22 +84,10 @@ def mom3d_sr(
     *,
     kernels: ByStage | None = None,
     strides: ByStage | None = None,
-    gate: float = 0.9,
-    coupling: Coupling = "normalised",
-    deep_supervision: bool = True,
+    **options: Unpack[Options],
 ) -> MomentumUNet:
     """3-D, the host's plan for small structures: 25.9 M parameters with one channel and three classes."""
-    return MomentumUNet(
-        in_channels,
-        out_channels,
-        channels=(32, 64, 128, 256),
-        blocks=(1, 3, 4, 6),
-        kernels=kernels or _cubes(4, spatial_dims=3),
-        strides=strides or _halvings(4, spatial_dims=3),
-        gate=gate,
-        coupling=coupling,
-        deep_supervision=deep_supervision,
-    )
+    return _build("mom3d_sr", in_channels, out_channels, (kernels, strides), options)
 
 
 def mom3d_m(
@@ -117,30 +96,26 @@ def mom3d_m(
     *,
     kernels: ByStage | None = None,
     strides: ByStage | None = None,
-    gate: float = 0.9,
-    coupling: Coupling = "normalised",
-    deep_supervision: bool = True,
+    **options: Unpack[Options],
 ) -> MomentumUNet:
     """3-D, the host's plan for organs in CT: 102.4 M parameters with one channel and three classes."""
+    return _build("mom3d_m", in_channels, out_channels, (kernels, strides), options)
+
+
+def _build(
+    name: str, in_channels: int, out_channels: int, plan: tuple[ByStage | None, ByStage | None], options: Options
+) -> MomentumUNet:
+    kernels, strides = plan
+    axes, channels, blocks = SIZES[name]
     return MomentumUNet(
         in_channels,
         out_channels,
-        channels=(32, 64, 128, 256, 320, 320),
-        blocks=(1, 3, 4, 6, 6, 6),
-        kernels=kernels or _cubes(6, spatial_dims=3),
-        strides=strides or _halvings(6, spatial_dims=3),
-        gate=gate,
-        coupling=coupling,
-        deep_supervision=deep_supervision,
+        channels=channels,
+        blocks=blocks,
+        kernels=kernels or [[3] * axes] * len(channels),
+        strides=strides or [[1] * axes] + [[2] * axes] * (len(channels) - 1),
+        **options,
     )
-
-
-def _cubes(num_stages: int, *, spatial_dims: int) -> ByStage:
-    return [[3] * spatial_dims] * num_stages
-
-
-def _halvings(num_stages: int, *, spatial_dims: int) -> ByStage:
-    return [[1] * spatial_dims] + [[2] * spatial_dims] * (num_stages - 1)
 
 
 def plan_kernels_and_strides(
