@@ -34,5 +34,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 $(PEERS): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,peers]"
+	# Without what they ask for: it would bring a torchvision that may not fit the torch that is here.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    dynamic-network-architectures==0.4.4 momo-opt==0.1.0
 	touch $@
