@@ -16,6 +16,8 @@ WARM_UP, MEASURED = 5, 16
 """Steps before the clock counts (allocation, kernels being chosen), and steps that it measures."""
 
 VALIDATION_SHARE = 0.2
+"""Share of the time that validations may take: with less, a run of minutes has too few points for a curve."""
+
 MOST_EPOCHS, SHORTEST_EPOCH_S = 50, 6.0
 """Each epoch costs checkpoints and a validation, which are not worth it more often."""
 
