@@ -37,6 +37,10 @@ from medmom.tasks.base import Schedule
 from medmom.tasks.segmentation import SegmentationTask
 
 logger = logging.getLogger(__name__)
+
+Prepared = tuple[list[PreparedCase], list[PreparedCase]]
+"""Training and validation cases on the working grid."""
+
 # Lightning's greetings and hints are not news to who trains here.
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -63,14 +67,17 @@ def train(recipe: RecipeFile, out: Path, *, device: str = "auto", quiet: bool = 
     claim_folder(out)
     try:
         run = _start(recipe, out, quiet=quiet)
+        prepared = None
         if recipe.get("training.max_minutes") is not None:
-            _fit_to_time(run, chosen, started, quiet=quiet)
+            # Handed on: to check the cache's checksums a second time costs minutes on a large data set.
+            prepared = _prepared(run, recipe.build(), quiet=quiet)
+            _fit_to_time(run, prepared, chosen, started)
         write_run(run)
     except BaseException:
         with suppress(OSError):
             out.rmdir()  # still empty: a run that never started leaves nothing behind
         raise
-    return _fit(run, chosen, quiet=quiet)
+    return _fit(run, chosen, prepared, quiet=quiet)
 
 
 def resume(folder: Path, *, device: str = "auto", quiet: bool = False) -> Path:
@@ -130,10 +137,10 @@ def _start(recipe: RecipeFile, out: Path, *, quiet: bool) -> Run:
     )
 
 
-def _fit_to_time(run: Run, device: torch.device, started: float, *, quiet: bool) -> None:
+def _fit_to_time(run: Run, prepared: Prepared, device: torch.device, started: float) -> None:
     """Measures this machine and writes the epochs that fit into the recipe's time."""
     recipe = run.recipe.build()
-    training, validation = _prepared(run, recipe, quiet=quiet)
+    training, validation = prepared
     data = _data(recipe, training, validation, device)
     voxels = [case.open()[0].image[0].size for case in validation]
     with _without_hints():
@@ -149,11 +156,11 @@ def _fit_to_time(run: Run, device: torch.device, started: float, *, quiet: bool)
     run.recipe.set("training.max_minutes", None)
 
 
-def _fit(run: Run, device: torch.device, *, quiet: bool) -> Path:
+def _fit(run: Run, device: torch.device, prepared: Prepared | None = None, *, quiet: bool) -> Path:
     """Trains from the last checkpoint, or from the start, to the end, and writes the package."""
     recipe = run.recipe.build()
     lightning.seed_everything(recipe.training.seed, workers=True, verbose=False)
-    training, validation = _prepared(run, recipe, quiet=quiet)
+    training, validation = prepared or _prepared(run, recipe, quiet=quiet)
     task = _task(run, recipe)
     trainer = lightning.Trainer(
         max_epochs=recipe.training.epochs,
@@ -202,7 +209,7 @@ def _interruptible(trainer: lightning.Trainer) -> Iterator[None]:
         raise
 
 
-def _prepared(run: Run, recipe: Recipe, *, quiet: bool) -> tuple[list[PreparedCase], list[PreparedCase]]:
+def _prepared(run: Run, recipe: Recipe, *, quiet: bool) -> Prepared:
     cache = CaseCache(recipe.data.cache, run.labels, quiet=quiet)
     prepared = cache.prepare([*run.train, *run.validation], recipe.preparation)
     training, validation = prepared[: len(run.train)], prepared[len(run.train) :]

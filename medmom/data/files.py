@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medmom.data.atomic import atomic_file, read_json, write_json, write_text
+from medmom.data.header import spell_edges
 from medmom.data.nifti import HEADER_SUFFIXES, SINGLE_SUFFIXES, open_nifti, read_voxels, suffix, write_label_voxels
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
@@ -135,7 +136,7 @@ def read_label(path: str | Path) -> Volume:
     if raw.dtype.kind in "iu" and (slope, inter) == (1.0, 0.0):
         array = raw[..., 0].astype(raw.dtype.newbyteorder("="), order="C")
     else:
-        array = _whole_numbers(file.path, raw[..., 0], slope, inter)
+        array = _wholespell_edges(file.path, raw[..., 0], slope, inter)
     return Volume(file.path, array, file.geometry, file.header)
 
 
@@ -151,7 +152,7 @@ def check_same_grid(first: Volume, second: Volume) -> None:
     if ours.shape != theirs.shape:
         fact = f"shape {' x '.join(map(str, theirs.shape))} instead of {' x '.join(map(str, ours.shape))}"
     elif not np.allclose(ours.spacing, theirs.spacing, rtol=1e-3):
-        fact = f"spacing {_numbers(theirs.spacing)} mm instead of {_numbers(ours.spacing)} mm"
+        fact = f"spacing {spell_edges(theirs.spacing)} mm instead of {spell_edges(ours.spacing)} mm"
     else:
         apart = np.linalg.norm(ours.corners() - theirs.corners(), axis=1).max()
         fact = f"same shape, but voxels up to {apart:.3g} mm away"
@@ -221,7 +222,7 @@ def _is_same_file(first: Path, second: Path) -> bool:
         return False
 
 
-def _whole_numbers(path: Path, raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
+def _wholespell_edges(path: Path, raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
     """Rounds scaled or float values to the smallest integer type that holds them."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = raw.astype(np.float64, order="C") * slope + inter
@@ -237,7 +238,3 @@ def _whole_numbers(path: Path, raw: np.ndarray, slope: float, inter: float) -> n
     if low < -(2**31) or high >= 2**32:
         raise MedmomError(f"{path}: label values from {low} to {high}. Number the classes from 0 on.")
     return whole.astype(np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high)))
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)

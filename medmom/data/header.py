@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def _check_fields(path: Path, header: Any) -> None:
         raise MedmomError(f"{path}: CIFTI data (surfaces and parcels), not an image volume. Give the volume instead.")
     edges = header["pixdim"][1 : min(int(header["dim"][0]), 3) + 1]
     if not 1 <= int(header["sform_code"]) <= 5 and not (np.isfinite(edges) & (edges > 0)).all():
-        raise MedmomError(f"{path}: voxel edges of {_numbers(edges)} mm and no sform. Write the true edges (pixdim).")
+        raise MedmomError(
+            f"{path}: voxel edges of {spell_edges(edges)} mm and no sform. Write the true edges (pixdim)."
+        )
     unit = {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7)
     if unit:
         raise MedmomError(f"{path}: lengths are stored in {unit}. Store them in mm.")
@@ -176,9 +179,9 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
     with np.errstate(all="ignore"):
         edges = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.abs(affine[:3, 3]) < MAX_ORIGIN).all():
-        raise MedmomError(f"{path}: the first voxel lies at {_numbers(affine[:3, 3])} mm. Write a valid affine.")
+        raise MedmomError(f"{path}: the first voxel lies at {spell_edges(affine[:3, 3])} mm. Write a valid affine.")
     if not ((edges > 1e-3) & (edges < 1e3)).all():
-        raise MedmomError(f"{path}: voxel edges of {_numbers(edges)} mm in the affine. Write a valid one.")
+        raise MedmomError(f"{path}: voxel edges of {spell_edges(edges)} mm in the affine. Write a valid one.")
     cosines = np.abs(np.triu((affine[:3, :3] / edges).T @ (affine[:3, :3] / edges), 1))
     angle = float(np.degrees(np.arccos(min(cosines.max(), 1.0))))
     if angle < 90 - MAX_SHEAR_DEGREES:
@@ -200,7 +203,8 @@ def _check_agreement(path: Path, header: Any, qform: Geometry, sform: Geometry) 
         )
 
 
-def _numbers(values: np.ndarray) -> str:
+def spell_edges(values: Iterable[float]) -> str:
+    """Writes voxel edges for a message, such as ``1 x 1 x 2.5``."""
     return " x ".join(f"{float(value):.4g}" for value in values)
 
 
