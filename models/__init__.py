@@ -1,13 +1,36 @@
-"""Momentum networks for medical images: torch alone."""
+"""Momentum networks for medical images: torch and MONAI."""
 
+from medmom.models.joint import JointMomentumUNet
 from medmom.models.momentum import MomentumStage
-from medmom.models.presets import mom2d_xs, mom3d_m, mom3d_s, mom3d_sr, mom3d_xs, plan_kernels_and_strides
+from medmom.models.presets import (
+    cls2d_s,
+    cls2d_xs,
+    cls3d_s,
+    mom2d_m,
+    mom2d_s,
+    mom2d_xs,
+    mom3d_deep,
+    mom3d_m,
+    mom3d_s,
+    mom3d_sr,
+    mom3d_xs,
+    plan_kernels_and_strides,
+)
+from medmom.models.resnet import MomentumResNet
 from medmom.models.unet import MomentumUNet
 
 __all__ = [
+    "JointMomentumUNet",
+    "MomentumResNet",
     "MomentumStage",
     "MomentumUNet",
+    "cls2d_s",
+    "cls2d_xs",
+    "cls3d_s",
+    "mom2d_m",
+    "mom2d_s",
     "mom2d_xs",
+    "mom3d_deep",
     "mom3d_m",
     "mom3d_s",
     "mom3d_sr",

@@ -1,17 +1,33 @@
 """Networks by name, and the kernels and strides that suit a patch.
 
 Every preset takes its kernels and strides by stage from ``plan_kernels_and_strides``, or, where they are absent, has
-kernels of 3 on every axis and halves every axis from stage to stage. Gate, coupling and deep supervision are those of
-``MomentumUNet``.
+kernels of 3 on every axis and halves every axis from stage to stage. All other options are those of ``MomentumUNet``
+and, for classifiers, ``MomentumResNet``.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
-from medmom.models.momentum import Coupling
+from medmom.models.blocks import Norm
+from medmom.models.encoder import Block, NetworkMemory, Velocity
+from medmom.models.gates import Coupling, Gating
+from medmom.models.resnet import MomentumResNet
 from medmom.models.unet import MomentumUNet
 
-__all__ = ["mom2d_xs", "mom3d_m", "mom3d_s", "mom3d_sr", "mom3d_xs", "plan_kernels_and_strides"]
+__all__ = [
+    "cls2d_s",
+    "cls2d_xs",
+    "cls3d_s",
+    "mom2d_m",
+    "mom2d_s",
+    "mom2d_xs",
+    "mom3d_deep",
+    "mom3d_m",
+    "mom3d_s",
+    "mom3d_sr",
+    "mom3d_xs",
+    "plan_kernels_and_strides",
+]
 
 ByStage = Sequence[Sequence[int]]
 
@@ -26,12 +42,22 @@ class Size(NamedTuple):
 
 SIZES = {
     "mom2d_xs": Size(2, (8, 16, 32, 64, 128), (1, 3, 3, 3, 3)),
+    "mom2d_s": Size(2, (32, 64, 128, 256, 320), (1, 2, 3, 4, 4)),
+    "mom2d_m": Size(2, (32, 64, 128, 256, 512, 512, 512), (1, 3, 4, 6, 6, 6, 6)),
     "mom3d_xs": Size(3, (8, 16, 32, 48), (1, 3, 3, 3)),
     "mom3d_s": Size(3, (32, 64, 128, 256), (1, 3, 3, 3)),
     "mom3d_sr": Size(3, (32, 64, 128, 256), (1, 3, 4, 6)),
     "mom3d_m": Size(3, (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)),
+    "mom3d_deep": Size(3, (24, 48, 96, 192, 256, 256), (6, 8, 8, 8, 8, 8)),
 }
-"""Every preset by its name."""
+"""Every preset for segmentation by its name."""
+
+CLASSIFIER_SIZES = {
+    "cls2d_xs": Size(2, (16, 32, 64, 128), (3, 3, 3, 3)),
+    "cls2d_s": Size(2, (64, 128, 256, 512), (3, 3, 3, 3)),
+    "cls3d_s": Size(3, (32, 64, 128, 256), (1, 3, 3, 3)),
+}
+"""Every preset for classification by its name."""
 
 
 class Options(TypedDict, total=False):
@@ -39,7 +65,26 @@ class Options(TypedDict, total=False):
 
     gate: float
     coupling: Coupling
+    gating: Gating
+    velocity: Velocity
+    block: Block
+    norm: Norm
+    memory: NetworkMemory
     deep_supervision: bool
+
+
+class ClassifierOptions(TypedDict, total=False):
+    """Options of ``MomentumResNet`` that every preset takes."""
+
+    stem_stride: Sequence[int] | None
+    gate: float
+    coupling: Coupling
+    gating: Gating
+    velocity: Velocity
+    block: Block
+    norm: Norm
+    memory: NetworkMemory
+    dropout: float
 
 
 def mom2d_xs(
@@ -52,6 +97,30 @@ def mom2d_xs(
 ) -> MomentumUNet:
     """2-D, for the CPU: 1.24 M parameters with one channel and three classes."""
     return _build("mom2d_xs", in_channels, out_channels, (kernels, strides), options)
+
+
+def mom2d_s(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernels: ByStage | None = None,
+    strides: ByStage | None = None,
+    **options: Unpack[Options],
+) -> MomentumUNet:
+    """2-D, for photographs and slices of 256 x 256: 14.8 M parameters with one channel and three classes."""
+    return _build("mom2d_s", in_channels, out_channels, (kernels, strides), options)
+
+
+def mom2d_m(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernels: ByStage | None = None,
+    strides: ByStage | None = None,
+    **options: Unpack[Options],
+) -> MomentumUNet:
+    """2-D, for slices of 512 x 512: 105.9 M parameters with one channel and three classes."""
+    return _build("mom2d_m", in_channels, out_channels, (kernels, strides), options)
 
 
 def mom3d_xs(
@@ -102,20 +171,100 @@ def mom3d_m(
     return _build("mom3d_m", in_channels, out_channels, (kernels, strides), options)
 
 
+def mom3d_deep(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernels: ByStage | None = None,
+    strides: ByStage | None = None,
+    **options: Unpack[Options],
+) -> MomentumUNet:
+    """3-D, 46 residual blocks in little memory: 84.0 M parameters with one channel and three classes.
+
+    Depth is paid for in time: its memory is ``"hybrid"`` unless said otherwise.
+    """
+    return _build("mom3d_deep", in_channels, out_channels, (kernels, strides), {"memory": "hybrid", **options})
+
+
+def cls2d_xs(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernels: ByStage | None = None,
+    strides: ByStage | None = None,
+    **options: Unpack[ClassifierOptions],
+) -> MomentumResNet:
+    """2-D classifier for the CPU, its stem halves the image: 1.1 M parameters with one channel."""
+    return _build_classifier(
+        "cls2d_xs", in_channels, out_channels, (kernels, strides), {"stem_stride": (2, 2), **options}
+    )
+
+
+def cls2d_s(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernels: ByStage | None = None,
+    strides: ByStage | None = None,
+    **options: Unpack[ClassifierOptions],
+) -> MomentumResNet:
+    """2-D classifier for images and slices: 17.5 M parameters with one channel."""
+    return _build_classifier("cls2d_s", in_channels, out_channels, (kernels, strides), options)
+
+
+def cls3d_s(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernels: ByStage | None = None,
+    strides: ByStage | None = None,
+    **options: Unpack[ClassifierOptions],
+) -> MomentumResNet:
+    """3-D classifier for small volumes: 12.9 M parameters with one channel."""
+    return _build_classifier("cls3d_s", in_channels, out_channels, (kernels, strides), options)
+
+
 def _build(
     name: str, in_channels: int, out_channels: int, plan: tuple[ByStage | None, ByStage | None], options: Options
 ) -> MomentumUNet:
-    kernels, strides = plan
-    axes, channels, blocks = SIZES[name]
+    size = SIZES[name]
+    kernels, strides = _plan(size, plan)
     return MomentumUNet(
         in_channels,
         out_channels,
-        channels=channels,
-        blocks=blocks,
-        kernels=kernels or [[3] * axes] * len(channels),
-        strides=strides or [[1] * axes] + [[2] * axes] * (len(channels) - 1),
+        channels=size.channels,
+        blocks=size.blocks,
+        kernels=kernels,
+        strides=strides,
         **options,
     )
+
+
+def _build_classifier(
+    name: str,
+    in_channels: int,
+    out_channels: int,
+    plan: tuple[ByStage | None, ByStage | None],
+    options: ClassifierOptions,
+) -> MomentumResNet:
+    size = CLASSIFIER_SIZES[name]
+    kernels, strides = _plan(size, plan)
+    return MomentumResNet(
+        in_channels,
+        out_channels,
+        channels=size.channels,
+        blocks=size.blocks,
+        kernels=kernels,
+        strides=strides,
+        **options,
+    )
+
+
+def _plan(size: Size, given: tuple[ByStage | None, ByStage | None]) -> tuple[ByStage, ByStage]:
+    """Kernels and strides that were given, else 3 and 2 on every axis."""
+    axes, stages = size.spatial_dims, len(size.channels)
+    kernels, strides = given
+    return kernels or [[3] * axes] * stages, strides or [[1] * axes] + [[2] * axes] * (stages - 1)
 
 
 def plan_kernels_and_strides(

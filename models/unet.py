@@ -6,71 +6,11 @@ from typing import Any
 
 from torch import Tensor, cat, nn
 
-from medmom.models.blocks import ConvNormAct, ResidualBlock, convolution, initialise, upsampling
-from medmom.models.momentum import Coupling, MomentumStage
-
-
-class EncoderStage(nn.Module):
-    """The host's entry block, which changes channels and size, then blocks of one shape under momentum.
-
-    Args:
-        entry: From the stage above to this stage's shape.
-        momentum: Blocks that keep it.
-    """
-
-    def __init__(self, entry: ResidualBlock, momentum: MomentumStage) -> None:
-        super().__init__()
-        self.entry = entry
-        self.momentum = momentum
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features of this stage, shape (B, channels, *spatial / stride)."""
-        features: Tensor = self.momentum(self.entry(x))
-        return features
-
-
-class MomentumEncoder(nn.Module):
-    """Stem and encoder stages.
-
-    Args:
-        in_channels: Image channels.
-        channels: By stage.
-        blocks: Residual blocks by stage, the entry block counted.
-        kernels: Edges by axis, by stage; the stem has those of the first.
-        strides: By axis, by stage.
-        gate: Of every momentum stage.
-        coupling: Of every momentum stage.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        channels: Sequence[int],
-        blocks: Sequence[int],
-        kernels: Sequence[Sequence[int]],
-        strides: Sequence[Sequence[int]],
-        gate: float,
-        coupling: Coupling,
-    ) -> None:
-        super().__init__()
-        self.stem = ConvNormAct(in_channels, channels[0], kernels[0])
-        self.stages = nn.ModuleList()
-        before = channels[0]
-        for width, depth, kernel, stride in zip(channels, blocks, kernels, strides, strict=True):
-            entry = ResidualBlock(before, width, kernel, stride)
-            following = [ResidualBlock(width, width, kernel) for _ in range(depth - 1)]
-            self.stages.append(EncoderStage(entry, MomentumStage(following, gate, coupling)))
-            before = width
-
-    def forward(self, image: Tensor) -> list[Tensor]:
-        """Features of every stage, full resolution first."""
-        x = self.stem(image)
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
+from medmom.models.blocks import ConvNormAct, Norm, convolution, initialise, upsampling
+from medmom.models.encoder import Block, MomentumEncoder, NetworkMemory, Velocity
+from medmom.models.gates import Coupling, Gating
+from medmom.models.recompute import checkpointed, is_traced
+from medmom.models.sizes import check_image, check_stages, times
 
 
 class DecoderStage(nn.Module):
@@ -101,6 +41,9 @@ class Decoder(nn.Module):
         channels: Of the encoder, by stage.
         kernels: Of the encoder, by stage.
         strides: Of the encoder, by stage.
+
+    Attributes:
+        is_checkpointed: Whether the stages are computed again in the backward pass.
     """
 
     def __init__(
@@ -110,13 +53,14 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(
             DecoderStage(channels[s + 1], channels[s], kernels[s], strides[s + 1]) for s in range(len(channels) - 1)
         )
+        self.is_checkpointed = False
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Decoded features of every stage but the bottleneck, full resolution first."""
         *skips, x = features
         decoded = []
         for stage, skip in zip(reversed(self.stages), reversed(skips), strict=True):
-            x = stage(x, skip)
+            x = checkpointed(stage, x, skip) if self.is_checkpointed else stage(x, skip)
             decoded.append(x)
         return decoded[::-1]
 
@@ -125,8 +69,8 @@ class MomentumUNet(nn.Module):
     """Residual-encoder U-Net with momentum between the blocks of an encoder stage.
 
     Stem, residual blocks and decoder are those of nnU-Net's residual-encoder U-Net, and with gate 0 so is the
-    network. The first block of a stage is its entry block, outside the momentum, and every stage starts with zero
-    velocity. Parameters do not depend on gate, coupling or deep supervision.
+    network. The first block of a stage is its entry block, outside the momentum. Velocity stays in the encoder:
+    decoder and heads see features alone. Gate, coupling, memory and deep supervision change no parameter.
 
     Args:
         in_channels: Image channels.
@@ -136,12 +80,16 @@ class MomentumUNet(nn.Module):
         kernels: By stage, edges by axis (x, y, z), odd; two axes make a 2-D network.
         strides: By stage, by axis; 1 in the first stage.
         gate: How much of the velocity a block leaves in place, in [0, 1].
-        coupling: Weight of the residuals, see ``medmom.models.momentum.residual_weight``.
+        coupling: Weight of the residuals, see ``medmom.models.gates.residual_weight``.
+        gating: Whether gates are fixed or learned, see ``medmom.models.momentum.MomentumStage``.
+        velocity: With which a stage starts, see ``medmom.models.encoder.MomentumEncoder``.
+        block: ``"postact"`` is the host's; ``"preact"`` for stages of 8 blocks or more.
+        norm: Of the encoder; ``"instance"`` is the host's.
+        memory: What is kept for the backward pass, see the property.
         deep_supervision: In training, give logits at every resolution of the decoder.
 
     Attributes:
         divisor: By axis, what an image's size must be a multiple of.
-        arguments: Numbers, strings and lists with which ``MomentumUNet(**arguments)`` gives the same network anew.
 
     Raises:
         ValueError: The arguments do not describe a network.
@@ -161,21 +109,29 @@ class MomentumUNet(nn.Module):
         strides: Sequence[Sequence[int]],
         gate: float = 0.9,
         coupling: Coupling = "normalised",
+        gating: Gating = "fixed",
+        velocity: Velocity = "zero",
+        block: Block = "postact",
+        norm: Norm = "instance",
+        memory: NetworkMemory = "plain",
         deep_supervision: bool = True,
     ) -> None:
         super().__init__()
         if out_channels < 2:
             raise ValueError(f"out_channels is {out_channels}; background and one class make 2.")
-        _check_stages(channels, blocks, kernels, strides)
-        self.arguments: dict[str, Any] = {
+        check_stages(channels, blocks, kernels, strides)
+        self._shape: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
             "channels": list(channels),
             "blocks": list(blocks),
             "kernels": [list(kernel) for kernel in kernels],
             "strides": [list(stride) for stride in strides],
-            "gate": gate,
             "coupling": coupling,
+            "gating": gating,
+            "velocity": velocity,
+            "block": block,
+            "norm": norm,
             "deep_supervision": deep_supervision,
         }
         self.divisor = tuple(prod(by_stage) for by_stage in zip(*strides, strict=True))
@@ -188,10 +144,50 @@ class MomentumUNet(nn.Module):
             strides=strides,
             gate=gate,
             coupling=coupling,
+            gating=gating,
+            velocity=velocity,
+            block=block,
+            norm=norm,
         )
         self.decoder = Decoder(channels, kernels, strides)
         self.heads = nn.ModuleList(convolution(width, out_channels, [1] * len(self.divisor)) for width in channels[:-1])
+        self.memory = memory
         initialise(self)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Numbers, strings and lists with which ``MomentumUNet(**arguments)`` gives the same network anew."""
+        return {**self._shape, "gate": self.gate, "memory": self.memory}
+
+    @property
+    def memory(self) -> str:
+        """What is kept for the backward pass; it can be changed at any time, and changes nothing else.
+
+        As ``medmom.models.encoder.MomentumEncoder.memory``; with ``"checkpoint"`` and ``"hybrid"`` the decoder's
+        stages, too, are computed again.
+
+        Raises:
+            ValueError: On setting: it is unknown, or does not suit the stages.
+        """
+        return self.encoder.memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self.encoder.memory = memory
+        self.decoder.is_checkpointed = memory in ("checkpoint", "hybrid")
+
+    @property
+    def gate(self) -> float:
+        """Gate of every momentum stage, or the one at which learned gates started.
+
+        Raises:
+            ValueError: On setting: the gates are learned, or it does not suit coupling and memory.
+        """
+        return self.encoder.gate
+
+    @gate.setter
+    def gate(self, gate: float) -> None:
+        self.encoder.gate = gate
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Logits of every class.
@@ -206,50 +202,29 @@ class MomentumUNet(nn.Module):
         Raises:
             ValueError: The image has other axes or channels, or a size the strides do not divide.
         """
-        self._check(image)
-        decoded = self.decoder(self.encoder(image))
+        if not is_traced():
+            self.check(image)
+        return self.decode(self.encoder(image))
+
+    def decode(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Logits from the encoder's features of every stage, as ``forward`` gives them."""
+        decoded = self.decoder(features)
         if self.training and self.deep_supervision:
-            return [head(features) for head, features in zip(self.heads, decoded, strict=True)]
+            return [head(by_stage) for head, by_stage in zip(self.heads, decoded, strict=True)]
         logits: Tensor = self.heads[0](decoded[0])
         return logits
 
-    def _check(self, image: Tensor) -> None:
-        in_channels, axes = self.arguments["in_channels"], ("x", "y", "z")[: len(self.divisor)]
-        if image.ndim != 2 + len(axes) or image.shape[1] != in_channels:
-            raise ValueError(
-                f"The image has shape ({', '.join(map(str, image.shape))}); "
-                f"the network takes (batch, {in_channels}, {', '.join(axes)}): {in_channels} in the place of channels."
-            )
-        size = image.shape[2:]
-        cells = [max(1, -(-edge // divisor)) for edge, divisor in zip(size, self.divisor, strict=True)]
-        legal = [cell * divisor for cell, divisor in zip(cells, self.divisor, strict=True)]
-        if list(size) != legal:
-            by = self.divisor[:1] if len(set(self.divisor)) == 1 else self.divisor
-            raise ValueError(f"{_times(size)} is not divisible by {_times(by)}; the next size is {_times(legal)}.")
+    def check(self, image: Tensor) -> None:
+        """Refuses an image that the network does not take.
+
+        Raises:
+            ValueError: It has other axes or channels, a size the strides do not divide, or one that leaves a single
+                voxel at the bottleneck.
+        """
+        cells = check_image(image, self._shape["in_channels"], self.divisor)
         if prod(cells) == 1:
             # Instance normalisation of one voxel is 0, whatever the image; torch refuses it deep inside.
             raise ValueError(
-                f"{_times(size)} leaves one voxel at the bottleneck, where nothing can be normalised; "
-                f"the next size is {_times([2 * edge for edge in legal])}."
+                f"{times(image.shape[2:])} leaves one voxel at the bottleneck, where nothing can be normalised; "
+                f"the next size is {times([2 * edge for edge in image.shape[2:]])}."
             )
-
-
-def _times(numbers: Sequence[int]) -> str:
-    return " x ".join(str(number) for number in numbers)
-
-
-def _check_stages(
-    channels: Sequence[int], blocks: Sequence[int], kernels: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]
-) -> None:
-    given = {"channels": channels, "blocks": blocks, "kernels": kernels, "strides": strides}
-    if len({len(by_stage) for by_stage in given.values()}) > 1 or len(channels) < 2:
-        counts = ", ".join(f"{len(by_stage)} {name}" for name, by_stage in given.items())
-        raise ValueError(f"A network of 2 or more stages needs one of each for every stage; here {counts}.")
-    if min(*channels, *blocks) < 1:
-        raise ValueError(f"channels {list(channels)} and blocks {list(blocks)} must be 1 or more.")
-    if {len(by_axis) for by_axis in (*kernels, *strides)} not in ({2}, {3}):
-        raise ValueError("kernels and strides need the same 2 or 3 axes in every stage.")
-    if any(edge % 2 == 0 for kernel in kernels for edge in kernel):
-        raise ValueError(f"kernels {[list(kernel) for kernel in kernels]} must be odd, or sizes would change.")
-    if any(step != 1 for step in strides[0]):
-        raise ValueError(f"The first stage has stride {_times(strides[0])}; it works at full resolution, stride 1.")

@@ -1,5 +1,6 @@
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -7,36 +8,47 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from unets import MEMORIES
 
 from medmom import models
 from medmom.models import MomentumUNet, mom3d_m, plan_kernels_and_strides, presets
 from medmom.models.blocks import ResidualBlock
+from medmom.models.gates import LOW_PRECISION_BITS, lost_bits
+from medmom.models.resnet import MomentumResNet
+
+Network = MomentumUNet | MomentumResNet
 
 PRESETS = [name for name in presets.__all__ if name != "plan_kernels_and_strides"]
 COUNTS = {  # parameters with one channel and three classes: all, encoder
+    "cls2d_s": (17_446_787, 17_444_224),
+    "cls2d_xs": (1_094_627, 1_093_984),
+    "cls3d_s": (12_883_075, 12_881_792),
+    "mom2d_m": (105_918_322, 92_110_400),
+    "mom2d_s": (14_784_364, 12_714_560),
     "mom2d_xs": (1_236_388, 1_094_096),
+    "mom3d_deep": (84_031_031, 76_732_880),
     "mom3d_m": (102_350_575, 90_296_576),
     "mom3d_s": (14_388_649, 12_881_792),
     "mom3d_sr": (25_895_593, 24_388_736),
     "mom3d_xs": (640_817, 550_432),
 }
+KINDS = {MomentumUNet: presets.Options, MomentumResNet: presets.ClassifierOptions}
 
 
-def on_meta(name: str, *arguments: int, **keywords: Any) -> MomentumUNet:
+def on_meta(name: str, *arguments: int, **keywords: Any) -> Any:
     """The preset without memory for its weights."""
     with torch.device("meta"):
-        network: MomentumUNet = getattr(models, name)(*arguments, **keywords)
-    return network
+        return getattr(models, name)(*arguments, **keywords)
 
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def narrow(network: MomentumUNet) -> MomentumUNet:
+def narrow(network: Network) -> Network:
     """The same network with few channels, and residual branches that are not zero."""
     torch.manual_seed(0)
-    thin = MomentumUNet(**network.arguments | {"channels": [3] * len(network.arguments["channels"])})
+    thin = type(network)(**network.arguments | {"channels": [3] * len(network.arguments["channels"])})
     for block in thin.modules():
         if isinstance(block, ResidualBlock):
             nn.init.uniform_(block.norm2.weight, 0.5, 1.5)  # type: ignore[arg-type]
@@ -57,19 +69,27 @@ def test_every_public_function_of_the_room_is_offered() -> None:
     assert public == set(presets.__all__) <= set(models.__all__)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_presets_take_every_option_of_their_network(kind: type[Network]) -> None:
+    shape = {"self", "in_channels", "out_channels", "channels", "blocks", "kernels", "strides"}
+    assert set(KINDS[kind].__annotations__) == set(inspect.signature(kind.__init__).parameters) - shape
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_as_many_as_specified(name: str) -> None:
     network = on_meta(name, 1, 3)
     assert (count(network), count(network.encoder)) == COUNTS[name]
+    (told,) = re.findall(r"([\d.]+) M parameters with one channel", getattr(models, name).__doc__)
+    assert count(network) / 1e6 == pytest.approx(float(told), abs=0.06)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("anisotropic", [False, True])
-@pytest.mark.parametrize("coupling", ["normalised", "ema"])
+@pytest.mark.parametrize(("anisotropic", "coupling"), [(False, "normalised"), (True, "ema")])
 def test_changing_the_gate_changes_the_logits(name: str, anisotropic: bool, coupling: str) -> None:
     plain = on_meta(name, 1, 3).arguments
     plan = {key: flattened(plain[key]) if anisotropic else plain[key] for key in ("kernels", "strides")}
-    low, high = (narrow(on_meta(name, 1, 3, gate=gate, coupling=coupling, **plan)) for gate in (0.3, 0.8))
+    options: dict[str, Any] = {"coupling": coupling, "memory": "plain", **plan}
+    low, high = (narrow(on_meta(name, 1, 3, gate=gate, **options)) for gate in (0.3, 0.8))
     image = torch.randn(1, 1, 2 * low.divisor[0], *low.divisor[1:])
     with torch.inference_mode():
         difference = (low(image) - high(image)).abs().max()
@@ -80,10 +100,23 @@ def test_changing_the_gate_changes_the_logits(name: str, anisotropic: bool, coup
 def test_preset_passes_its_arguments_on(name: str) -> None:
     plain = on_meta(name, 1, 2).arguments
     plan = {key: flattened(plain[key]) for key in ("kernels", "strides")}
-    changes = {"gate": 0.5, "coupling": "ema", "deep_supervision": False, **plan}
+    changes = {"gate": 0.8, "coupling": "ema", "gating": "block", "velocity": "carry", "block": "preact", **plan}
+    changes |= {"norm": "batch", "memory": "checkpoint"}
+    changes |= {"dropout": 0.5, "stem_stride": [3] * len(plan["strides"][0])} if "dropout" in plain else {}
+    changes |= {"deep_supervision": False} if "deep_supervision" in plain else {}
     changed = on_meta(name, 4, 5, **changes).arguments
     assert changed == plain | changes | {"in_channels": 4, "out_channels": 5}
     assert json.loads(json.dumps(changed)) == changed
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_suits_every_memory(name: str) -> None:
+    network = on_meta(name, 1, 2)
+    assert network.memory == ("hybrid" if name == "mom3d_deep" else "plain")
+    deepest = max(network.arguments["blocks"]) - 1
+    assert lost_bits(network.gate, deepest) <= LOW_PRECISION_BITS
+    for memory in MEMORIES:
+        assert on_meta(name, 1, 2, gate=0.875, memory=memory).memory == memory
 
 
 @pytest.mark.parametrize("name", PRESETS)
