@@ -2,6 +2,7 @@
 
 from medmom.models.joint import JointMomentumUNet
 from medmom.models.momentum import MomentumStage
+from medmom.models.paper2d import Paper2D
 from medmom.models.presets import (
     cls2d_s,
     cls2d_xs,
@@ -17,6 +18,7 @@ from medmom.models.presets import (
     plan_kernels_and_strides,
 )
 from medmom.models.resnet import MomentumResNet
+from medmom.models.transnetr import TransNetR
 from medmom.models.unet import MomentumUNet
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "MomentumResNet",
     "MomentumStage",
     "MomentumUNet",
+    "Paper2D",
+    "TransNetR",
     "cls2d_s",
     "cls2d_xs",
     "cls3d_s",
