@@ -1,5 +1,6 @@
 """Momentum networks for medical images: torch and MONAI."""
 
+from medmom.models.convert import from_host, to_host
 from medmom.models.joint import JointMomentumUNet
 from medmom.models.momentum import MomentumStage
 from medmom.models.paper2d import Paper2D
@@ -31,6 +32,7 @@ __all__ = [
     "cls2d_s",
     "cls2d_xs",
     "cls3d_s",
+    "from_host",
     "mom2d_m",
     "mom2d_s",
     "mom2d_xs",
@@ -40,4 +42,5 @@ __all__ = [
     "mom3d_sr",
     "mom3d_xs",
     "plan_kernels_and_strides",
+    "to_host",
 ]
