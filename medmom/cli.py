@@ -158,7 +158,8 @@ def _add_demo(commands: Any) -> None:
 
 
 def _train_help(command: argparse.ArgumentParser) -> str:
-    from medmom.recipe import describe_keys, shipped_recipes
+    from medmom.recipe import describe_keys
+    from medmom.recipe_file import shipped_recipes
 
     command.description = TRAIN.format(recipes=", ".join(shipped_recipes()))
     command.epilog = describe_keys()
@@ -181,7 +182,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from medmom import train
-    from medmom.recipe import RecipeFile, recipe_path
+    from medmom.recipe_file import RecipeFile, recipe_path
     from medmom.run import next_run
 
     if options.resume is not None:

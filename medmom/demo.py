@@ -10,7 +10,7 @@ from medmom.evaluation.report import write_report
 from medmom.evaluation.scores import evaluate, format_scores
 from medmom.inference.predict import predict
 from medmom.phantom import make_phantoms
-from medmom.recipe import RecipeFile, recipe_path
+from medmom.recipe_file import RecipeFile, recipe_path
 from medmom.train import train
 
 logger = logging.getLogger(__name__)

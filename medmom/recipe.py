@@ -1,26 +1,19 @@
 from __future__ import annotations
 
-import difflib
-import inspect
-import itertools
-import pydoc
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import yaml
-from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 from torch.optim import Optimizer
 
 from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
-
-CONFIGS = Path(__file__).parent / "configs"
+from medmom.models.encoder import Block, Velocity
+from medmom.models.gates import Coupling, Gating
 
 
 @dataclass(frozen=True)
@@ -68,18 +61,33 @@ class ModelRecipe:
         preset: Name of a network in medmom.models, such as mom3d_s; mom3d_xs is made for the CPU.
         gate: Momentum g of v' = g v + c f(x), from 0 (a plain residual network) to 1.
         coupling: Factor c: "normalised" keeps the scale of a plain residual network for every gate; "ema" is 1 - g.
+        gating: "fixed": the gate stays; "block": every block learns its own; "channel": every channel does.
+        velocity: v at the start of a stage: "zero"; "learned" from its features; "carry": from the stage above.
+        block: "postact": the block of a plain residual network; "preact": for stages of 8 blocks or more.
+        memory: What training keeps for the backward pass. "plain": everything, the fastest; "checkpoint", "reversible"
+            and "hybrid": less, in about a third more time; "exact": as reversible, to the bit; "auto": the fastest
+            that fits, of all but exact; null: the preset's own, which is hybrid for mom3d_deep and plain for others.
+        memory_limit: GiB that a training step may take under memory auto, weights and optimizer included; null: nine
+            tenths of what is free on the GPU.
         deep_supervision: Whether lower resolutions of the decoder learn too.
     """
 
     preset: str = "mom3d_s"
     gate: float = 0.9
-    coupling: Literal["normalised", "ema"] = "normalised"
+    coupling: Coupling = "normalised"
+    gating: Gating = "fixed"
+    velocity: Velocity = "zero"
+    block: Block = "postact"
+    memory: Literal["plain", "checkpoint", "reversible", "hybrid", "exact", "auto"] | None = None
+    memory_limit: float | None = None
     deep_supervision: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses a momentum that grows without end."""
+        """Refuses a momentum that grows without end, and no memory."""
         if not 0 <= self.gate <= 1:
             raise MedmomError(f"model.gate {self.gate}: give a number from 0 to 1.")
+        if self.memory_limit is not None and self.memory_limit <= 0:
+            raise MedmomError(f"model.memory_limit {self.memory_limit}: give a number above 0, or null.")
 
 
 @dataclass(frozen=True)
@@ -174,145 +182,6 @@ SECTIONS: dict[str, Any] = {
 }
 """The sections of a recipe that are tables of values; loss and optimizer are classes instead."""
 
-PLAIN_WORDS = (
-    (r"Type collections.*?callable class: ", ""),
-    (r"Parser key", "key"),
-    (r"Does not validate against any of the Union subtypes.*?Errors: - ", ""),
-    (r" - Expected a <class 'NoneType'>", " or null"),
-    (r" Given value type: .*? Given value: ", ". Got value: "),
-    (r"a <class 'int'>", "a whole number"),
-    (r"a <class 'float'>", "a number"),
-    (r"a <class 'tuple'>", "a list"),
-    (r"<class '([\w.]+)'>", r"\1"),
-    (r"a typing\.Literal(\[.*?\])", r"one of \1"),
-    (r"Expected a dot import path string: (\w+)", r"no such class: \1; write its whole path, as torch.optim.AdamW"),
-    (r"\.\. Got", ". Got"),
-)
-"""What jsonargparse says, in plain words: patterns and what stands for them."""
-
-
-def recipe_parser() -> ArgumentParser:
-    """Gives the parser of recipes: every attribute of ``Recipe`` is an option of its own."""
-    parser = ArgumentParser(prog="medmom train", exit_on_error=False, add_help=False)
-    for name, kind in SECTIONS.items():
-        parser.add_class_arguments(kind, name)
-    parser.add_argument("--loss", type=nn.Module, required=True, help="Class of the loss and its arguments.")
-    parser.add_argument(
-        "--optimizer",
-        type=Callable[[Iterable[nn.Parameter]], Optimizer],
-        required=True,
-        help="Class of the optimizer and its arguments: medmom.optim's or torch.optim's.",
-    )
-    return parser
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Gives the recipes that come with medmom, by name."""
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-
-
-def recipe_path(name: str | Path) -> Path:
-    """Finds a recipe by its path or, for a shipped one, by its name.
-
-    Raises:
-        MedmomError: There is neither such a file nor such a name.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    shipped = shipped_recipes()
-    if str(name) in shipped:
-        return shipped[str(name)]
-    close = difflib.get_close_matches(str(name), shipped, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise MedmomError(f"{name}: no recipe of that name and no such file; {hint}Shipped recipes: {', '.join(shipped)}.")
-
-
-class RecipeFile:
-    """A recipe as it was written, with what the command line changed: reads, changes, writes, and builds it.
-
-    Args:
-        path: A YAML file.
-        overrides: ``--section.key value`` pairs, as on the command line.
-
-    Raises:
-        MedmomError: The file is no YAML, a key is not known (the nearest right one is named), or a value does not
-            fit its type.
-    """
-
-    def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
-        self.path = path
-        self._parser = recipe_parser()
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise MedmomError(f"{path}: not a readable YAML file ({reason}); mend it or name another recipe.") from None
-        if not isinstance(content, dict):
-            raise MedmomError(
-                f"{path}: a recipe is a table of sections; this file holds none. See configs/ for examples."
-            )
-        self._refuse_unknown(content, overrides)
-        # Another class starts from its own defaults: the learning rate of one rule is not that of another.
-        content |= {key: {"class_path": name} for key, name in _new_classes(overrides).items()}
-        self._refuse_other_classes(content)
-        # A section all of whose keys are commented out says nothing.
-        content = {key: {} if value is None and key in SECTIONS else value for key, value in content.items()}
-        try:
-            self._values = self._parser.parse_args(list(overrides), namespace=self._parser.parse_object(content))
-        except Exception as error:  # jsonargparse raises several kinds, each about what the user wrote
-            raise MedmomError(f"{path}: {_one_line(error)}") from None
-
-    def set(self, key: str, value: Any) -> None:
-        """Changes one value, such as ``set("training.epochs", 20)``."""
-        self._values[key] = value
-
-    def get(self, key: str) -> Any:
-        """Gives one value as it is written, such as ``get("data.folder")``."""
-        return self._values[key]
-
-    def text(self) -> str:
-        """Gives the whole recipe as YAML, every default written out."""
-        return str(self._parser.dump(self._values, skip_unset=False))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Gives the whole recipe as plain types."""
-        return dict(yaml.safe_load(self.text()))
-
-    def build(self) -> Recipe:
-        """Makes the objects that the recipe names.
-
-        Raises:
-            MedmomError: A value is refused by what it is given to.
-        """
-        try:
-            objects = self._parser.instantiate(self._values)
-            sections = {name: _section(objects, name, kind) for name, kind in SECTIONS.items()}
-            # An optimizer refuses its arguments when it is made: once here, before any case is prepared.
-            objects.optimizer([nn.Parameter(torch.zeros(1, 1))])
-            return Recipe(loss=objects.loss, optimizer=objects.optimizer, **sections)
-        except (ValueError, TypeError) as error:
-            raise MedmomError(f"{self.path}: {_one_line(error)}") from None
-
-    def _refuse_other_classes(self, content: dict[str, Any]) -> None:
-        """Only a loss is called as one, and only an optimizer: no other function of any module."""
-        for key, base in (("loss", nn.Module), ("optimizer", Optimizer)):
-            name = content[key].get("class_path") if isinstance(content.get(key), dict) else None
-            kind = pydoc.locate(name) if isinstance(name, str) else None
-            if kind is not None and not (isinstance(kind, type) and issubclass(kind, base)):
-                raise MedmomError(f"{self.path}: {key}: {name} is no {base.__name__}; name a subclass of it.")
-
-    def _refuse_unknown(self, content: dict[str, Any], overrides: Sequence[str]) -> None:
-        known = known_keys()
-        # The command line may leave out init_args, a file may not.
-        given = [part[2:].split("=")[0] for part in overrides if part.startswith("--")]
-        written = [*_keys(content), *(key for key in given if not key.startswith(("loss.", "optimizer.")))]
-        for key in written:
-            if key not in known:
-                raise MedmomError(f"{self.path}: unknown key {key}; {_nearest_key(key, known)}")
-        for key in content.keys() & SECTIONS.keys():
-            if not isinstance(content[key], dict | None):
-                raise MedmomError(f"{self.path}: {key}: {content[key]!r}; write a table of keys, as in configs/*.yaml.")
-
 
 def known_keys() -> list[str]:
     """Lists every key that a recipe may hold, sections included."""
@@ -333,63 +202,8 @@ def describe_keys() -> str:
     return "\n".join([*lines, "  --loss, --optimizer  a class_path and its init_args, as in configs/*.yaml"])
 
 
-def _nearest_key(key: str, known: Sequence[str]) -> str:
-    same_word = [each for each in known if each.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = same_word or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]}?"
-    return f"sections are {', '.join(sorted(each for each in known if '.' not in each))}."
-
-
 def _refuse_below(section: str, values: Any, lowest: Mapping[str, float]) -> None:
     for name, least in lowest.items():
         value = getattr(values, name)
         if value is not None and value < least:
             raise MedmomError(f"{section}.{name} {value}: give {least} or more.")
-
-
-def _section(objects: Namespace, name: str, kind: type) -> Any:
-    value = objects[name]
-    return value if isinstance(value, kind) else kind(**vars(value))
-
-
-def _new_classes(overrides: Sequence[str]) -> dict[str, str]:
-    """Classes that the command line names for the loss or the optimizer."""
-    classes = {}
-    for part, following in itertools.zip_longest(overrides, overrides[1:], fillvalue=""):
-        option, _, value = part.partition("=")
-        value = value or following
-        if option in ("--loss", "--optimizer") and re.fullmatch(r"[\w.]+", value):
-            classes[option[2:]] = value
-    return classes
-
-
-def _keys(content: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in content.items():
-        if isinstance(value, dict) and not prefix:
-            keys += [f"{prefix}{key}", *_keys(value, f"{prefix}{key}.")]
-        else:
-            keys.append(f"{prefix}{key}")
-    return keys
-
-
-def _one_line(error: Exception) -> str:
-    """Says what jsonargparse found, without its types, and names the nearest argument of the class meant."""
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    for pattern, plain in PLAIN_WORDS:
-        text = re.sub(pattern, plain, text)
-    wrong = re.search(r"Option '(\w+)' is not accepted", text)
-    owner = re.search(r"class_path[=\s]+'([\w.]+)'", text)
-    if wrong and owner:
-        kind: Any = pydoc.locate(owner[1])
-        arguments = inspect.signature(kind).parameters
-        close = difflib.get_close_matches(wrong[1], arguments, n=1, cutoff=0.4)
-        text = re.sub(r" Got value: Namespace.*", "", text).rstrip(".")
-        text += f". Did you mean {close[0]}?" if close else f". It takes {', '.join(arguments)}."
-    missing = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text)
-    if missing:
-        room: Any = pydoc.locate(missing[1])
-        close = difflib.get_close_matches(missing[2], dir(room), n=1)
-        text += f". Did you mean {missing[1]}.{close[0]}?" if close else ""
-    return text if len(text) <= 400 else f"{text[:400]} ..."

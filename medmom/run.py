@@ -8,7 +8,7 @@ from medmom.data.atomic import read_json, write_json, write_text
 from medmom.data.casefiles import CaseFiles
 from medmom.errors import MedmomError
 from medmom.labels import Labels
-from medmom.recipe import RecipeFile
+from medmom.recipe_file import RecipeFile
 
 SPLIT_SEED = 0
 """The same for every training seed: runs that differ by seed alone are compared on the same cases."""

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from medmom import models
 from medmom.budget import epochs_in, measure_pace
 from medmom.callbacks import AtomicCheckpoints, CurveFile, ValidationPicture
 from medmom.data.augment import monai_transforms, volume_transforms
@@ -28,10 +27,11 @@ from medmom.device import torch_device
 from medmom.errors import MedmomError
 from medmom.inference.windows import sliding_window
 from medmom.labels import Labels
-from medmom.models.presets import SIZES
+from medmom.network import build_network, plan_memory, training_precision
 from medmom.optim import schedules
 from medmom.package import package_folder, save_package
-from medmom.recipe import Recipe, RecipeFile, TrainingRecipe
+from medmom.recipe import Recipe, TrainingRecipe
+from medmom.recipe_file import RecipeFile
 from medmom.run import SPLIT_SEED, Run, claim_folder, read_run, write_run
 from medmom.tasks.base import Schedule
 from medmom.tasks.segmentation import SegmentationTask
@@ -66,7 +66,7 @@ def train(recipe: RecipeFile, out: Path, *, device: str = "auto", quiet: bool = 
     chosen = torch_device(device)
     claim_folder(out)
     try:
-        run = _start(recipe, out, quiet=quiet)
+        run = _start(recipe, out, chosen, quiet=quiet)
         prepared = None
         if recipe.get("training.max_minutes") is not None:
             # Handed on: to check the cache's checksums a second time costs minutes on a large data set.
@@ -97,11 +97,14 @@ def resume(folder: Path, *, device: str = "auto", quiet: bool = False) -> Path:
     if (folder / "recipe.yaml").is_file() and package_folder(folder) is not None:
         logger.info("%s: the run is complete.", folder)
         return folder / "model"
-    return _fit(read_run(folder), torch_device(device), quiet=quiet)
+    run, chosen = read_run(folder), torch_device(device)
+    # Another device may have another precision, which has to suit the memory as well.
+    plan_memory(run.recipe.build(), len(run.channels), run.labels.num_channels, chosen)
+    return _fit(run, chosen, quiet=quiet)
 
 
-def _start(recipe: RecipeFile, out: Path, *, quiet: bool) -> Run:
-    """Finds, surveys and splits the cases, and completes the recipe's preparation."""
+def _start(recipe: RecipeFile, out: Path, device: torch.device, *, quiet: bool) -> Run:
+    """Finds, surveys and splits the cases, and completes the recipe's preparation and memory."""
     source = recipe.get("data.folder")
     if source is None:
         raise MedmomError("data.folder: not given; say --data.folder FOLDER with the labelled scans.")
@@ -110,6 +113,10 @@ def _start(recipe: RecipeFile, out: Path, *, quiet: bool) -> Run:
         logger.info(note)
     built = recipe.build()
     _check_model(built, found.labels)
+    memory = plan_memory(built, len(found.channels), found.labels.num_channels, device)
+    if built.model.memory == "auto":
+        # Resumed on a fuller device, the run goes on with the same.
+        recipe.set("model.memory", memory)
     cases = [case for case in found.cases if case.label is not None]
     if len(cases) < len(found.cases):
         logger.info("%d cases without a label are left out.", len(found.cases) - len(cases))
@@ -143,7 +150,7 @@ def _fit_to_time(run: Run, prepared: Prepared, device: torch.device, started: fl
     training, validation = prepared
     data = _data(recipe, training, validation, device)
     voxels = [case.open()[0].image[0].size for case in validation]
-    with _without_hints():
+    with _without_hints(), _exact_in_words():
         pace = measure_pace(_task(run, recipe), data, voxels, **_trainer_options(recipe.training, device))
     seconds = 60 * (recipe.training.max_minutes or 0) - (time.monotonic() - started)
     epochs, steps = epochs_in(
@@ -177,7 +184,7 @@ def _fit(run: Run, device: torch.device, prepared: Prepared | None = None, *, qu
         **_trainer_options(recipe.training, device),
     )
     last = run.folder / "last.ckpt"
-    with _without_hints(), _interruptible(trainer):
+    with _without_hints(), _interruptible(trainer), _exact_in_words():
         trainer.fit(
             task,
             _data(recipe, training, validation, device),
@@ -209,6 +216,17 @@ def _interruptible(trainer: lightning.Trainer) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _exact_in_words() -> Iterator[None]:
+    """Says in one line what memory exact found in the middle of a step."""
+    try:
+        yield
+    except (OverflowError, RuntimeError) as error:
+        if "emory exact" not in str(error):
+            raise
+        raise MedmomError(f"model.memory exact: {error}") from None
+
+
 def _prepared(run: Run, recipe: Recipe, *, quiet: bool) -> Prepared:
     cache = CaseCache(recipe.data.cache, run.labels, quiet=quiet)
     prepared = cache.prepare([*run.train, *run.validation], recipe.preparation)
@@ -230,31 +248,9 @@ def _prepared(run: Run, recipe: Recipe, *, quiet: bool) -> Prepared:
     return training, validation
 
 
-def build_network(recipe: Recipe, in_channels: int, out_channels: int) -> nn.Module:
-    """Makes the recipe's network, with kernels and strides that suit its patch and spacing.
-
-    Raises:
-        MedmomError: There is no such preset, or it does not suit the patch.
-    """
-    preset = getattr(models, recipe.model.preset)
-    options = asdict(recipe.model)
-    del options["preset"]
-    num_stages = len(SIZES[recipe.model.preset].channels)
-    try:
-        kernels, strides = models.plan_kernels_and_strides(
-            recipe.data.patch, recipe.preparation.spacing or (1.0, 1.0, 1.0), num_stages
-        )
-        network: nn.Module = preset(in_channels, out_channels, kernels=kernels, strides=strides, **options)
-        return network
-    except ValueError as error:
-        raise MedmomError(f"model.preset {recipe.model.preset}: {error}") from None
-
-
 def _check_model(recipe: Recipe, labels: Labels) -> None:
-    presets = [name for name, size in SIZES.items() if size.spatial_dims == 3]
-    if recipe.model.preset not in presets:
-        raise MedmomError(f"model.preset {recipe.model.preset}: not a 3-D preset; choose one of {', '.join(presets)}.")
-    network = build_network(recipe, 1, labels.num_channels)
+    with torch.device("meta"):
+        network = build_network(recipe, 1, labels.num_channels)
     _check_optimizer(recipe, network)
     monai_transforms(recipe.data.transforms)
     divisor: Any = network.divisor
@@ -320,13 +316,10 @@ def _data(
 
 
 def _trainer_options(settings: TrainingRecipe, device: torch.device) -> dict[str, Any]:
-    precision = settings.precision
-    if precision is None:
-        precision = "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
     return {
         "accelerator": device.type,
         "devices": [device.index or 0] if device.type == "cuda" else 1,
-        "precision": precision,
+        "precision": training_precision(settings, device),
         "accumulate_grad_batches": settings.accumulate,
         "use_distributed_sampler": False,
         "benchmark": device.type == "cuda",

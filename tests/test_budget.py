@@ -14,7 +14,7 @@ from tiny_run import rows, tiny_recipe
 from medmom import train as room
 from medmom.budget import MOST_EPOCHS, Pace, epochs_in, measure_pace
 from medmom.errors import MedmomError
-from medmom.recipe import RecipeFile
+from medmom.recipe_file import RecipeFile
 from medmom.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:isinstance.*LeafSpec")
@@ -72,7 +72,9 @@ def test_no_time_for_a_step_is_said_with_the_pace(seconds: float) -> None:
 @pytest.fixture
 def started(tmp_path: Path) -> room.Run:
     (tmp_path / "run").mkdir()
-    return room._start(tiny_recipe(tmp_path, epochs=3, steps_per_epoch=20), tmp_path / "run", quiet=True)
+    return room._start(
+        tiny_recipe(tmp_path, epochs=3, steps_per_epoch=20), tmp_path / "run", torch.device("cpu"), quiet=True
+    )
 
 
 def test_measuring_leaves_the_task_and_the_batches_as_they_are(started: room.Run) -> None:
@@ -111,7 +113,7 @@ def test_epoch_that_is_too_short_for_a_warm_up_is_measured_too(
 ) -> None:
     (tmp_path / "run").mkdir()
     recipe_file = tiny_recipe(tmp_path, epochs=3, steps_per_epoch=1, accumulate=accumulate)
-    started = room._start(recipe_file, tmp_path / "run", quiet=True)
+    started = room._start(recipe_file, tmp_path / "run", torch.device("cpu"), quiet=True)
     device = torch.device("cpu")
     recipe = started.recipe.build()
     training, validation = room._prepared(started, recipe, quiet=True)

@@ -107,7 +107,7 @@ def test_resumed_curve_goes_on_where_the_checkpoint_stands(resumed_at: int, kept
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedCase, SegmentationTask]:
     folder = tmp_path_factory.mktemp("shown")
-    started = room._start(tiny_recipe(folder), folder / "run", quiet=True)
+    started = room._start(tiny_recipe(folder), folder / "run", torch.device("cpu"), quiet=True)
     recipe = started.recipe.build()
     _, validation = room._prepared(started, recipe, quiet=True)
     return validation[0], room._task(started, recipe).eval()

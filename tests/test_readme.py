@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from medmom import cli
-from medmom.recipe import shipped_recipes
+from medmom.recipe_file import shipped_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,9 +23,12 @@ COMMANDS = [
 ]
 
 
-def test_python_example_runs() -> None:
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", ["README.md", "docs/networks.md"])
+def test_python_examples_run(page: str) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert examples
+    for code in examples:
+        exec(compile(code, page, "exec"), {})
 
 
 def test_commands_are_found() -> None:
@@ -43,7 +46,8 @@ def test_every_shipped_recipe_is_named() -> None:
     assert all(f"`{name}`" in README for name in shipped_recipes())
 
 
-def test_links_into_the_project_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", ["README.md", "docs/networks.md", "docs/benchmarks/README.md"])
+def test_links_into_the_project_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []

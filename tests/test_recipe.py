@@ -12,9 +12,10 @@ from torch import nn
 from medmom import optim
 from medmom.data.augment import monai_transforms, volume_transforms
 from medmom.errors import MedmomError
-from medmom.recipe import SECTIONS, RecipeFile, describe_keys, known_keys, recipe_path, shipped_recipes
+from medmom.network import build_network
+from medmom.recipe import SECTIONS, describe_keys, known_keys
+from medmom.recipe_file import RecipeFile, recipe_path, shipped_recipes
 from medmom.tasks.losses import DiceCrossEntropy
-from medmom.train import build_network
 
 SHIPPED = sorted(shipped_recipes())
 TORCH_OPTIMIZERS = sorted(
@@ -157,6 +158,14 @@ def test_what_a_recipe_writes_names_every_key() -> None:
     assert sorted(keys) == sorted(known_keys())
 
 
+def test_the_network_is_plain_and_fixed_unless_said() -> None:
+    model = RecipeFile(recipe_path("liver")).build().model
+    assert (model.gating, model.velocity, model.block) == ("fixed", "zero", "postact")
+    # Left to the preset, and written as such.
+    assert (model.memory, model.memory_limit) == (None, None)
+    assert RecipeFile(recipe_path("liver")).as_dict()["model"]["memory"] is None
+
+
 def test_the_command_line_wins_over_the_file() -> None:
     overrides = ["--training.epochs", "3", "--data.patch=[16, 16, 32]", "--preparation.clip", "[-100, 200]"]
     overrides += ["--optimizer.lr", "0.5", "--loss.dice_weight", "2", "--data.folder", "scans", "--data.augment=false"]
@@ -225,6 +234,9 @@ def test_a_word_too_many_is_refused() -> None:
         ("data.mirror", "[3]", r"Expected one of [0, 1, 2]. Got value: 3"),
         ("data.augment", "perhaps", "data.augment"),
         ("model.coupling", "emma", "Expected one of ['normalised', 'ema']. Got value: emma"),
+        ("model.gating", "layer", "Expected one of ['fixed', 'block', 'channel']. Got value: layer"),
+        ("model.memory", "little", "'hybrid', 'exact', 'auto'] or null. Got value: little"),
+        ("model.memory_limit", "much", "Expected a number or null. Got value: much"),
         ("training.schedule", "linear", "Expected one of ['polynomial', 'cosine', 'constant']"),
         ("training.precision", "fp8", "training.precision"),
         ("preparation.intensity", "us", "Expected one of ['ct', 'zscore']"),
@@ -245,6 +257,7 @@ def test_a_value_of_another_type_is_refused_with_key_and_value(key: str, value: 
         ("data.batch_size", "0", "data.batch_size 0: give 1 or more"),
         ("data.workers", "-1", "data.workers -1: give 0 or more"),
         ("model.gate", "1.5", "model.gate 1.5: give a number from 0 to 1"),
+        ("model.memory_limit", "0", "model.memory_limit 0.0: give a number above 0, or null"),
         ("training.epochs", "0", "training.epochs 0: give 1 or more"),
         ("training.accumulate", "0", "training.accumulate 0: give 1 or more"),
         ("training.seed", "-1", "training.seed -1: give 0 or more"),

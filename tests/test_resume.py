@@ -18,7 +18,7 @@ from tiny_run import rows, tiny_recipe, write_recipe, write_scans
 from medmom.callbacks import CurveFile
 from medmom.cli import main
 from medmom.errors import MedmomError
-from medmom.recipe import RecipeFile
+from medmom.recipe_file import RecipeFile
 from medmom.train import resume, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,10 +238,11 @@ def check_killed_run(
 
 
 MOMO = ["--optimizer=medmom.optim.MoMo", "--optimizer.init_args.lr=0.1"]
+REVERSIBLE = ["--model.memory=reversible"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [[], MOMO], ids=["HeavyBall", "MoMo"])
+@pytest.mark.parametrize("overrides", [[], MOMO, REVERSIBLE], ids=["HeavyBall", "MoMo", "reversible"])
 @pytest.mark.parametrize("delay", [0.0, 0.3], ids=["between-epochs", "within-an-epoch"])
 def test_killed_run_resumes_to_the_same_weights(overrides: list[str], delay: float, tmp_path: Path) -> None:
     check_killed_run(

@@ -13,10 +13,11 @@ from tiny_run import PATCH, rows, tiny_recipe, write_recipe, write_scans
 
 from medmom import models
 from medmom.errors import MedmomError
+from medmom.network import build_network
 from medmom.package import load_package
-from medmom.recipe import RecipeFile, recipe_path
+from medmom.recipe_file import RecipeFile, recipe_path
 from medmom.run import next_run
-from medmom.train import build_network, resume, train
+from medmom.train import resume, train
 
 
 def run(folder: Path, name: str, *overrides: str, **training: object) -> Path:
@@ -232,6 +233,16 @@ def test_unknown_preset_is_refused_with_the_known_ones(preset: str, tmp_path: Pa
         (["--data.fold", "5"], "fold 5 of 5"),
         (["--data.folds", "9"], "cannot make 9 folds"),
         (["--model.gate", "1.5"], "gate"),
+        (["--model.gate", "1", "--model.coupling", "ema"], "lower it or take normalised"),
+        (["--model.gate", "0", "--model.memory", "reversible"], "take gate 0.177 or more"),
+        (["--model.memory", "exact"], "the nearest is 0.875"),
+        (["--model.memory", "exact", "--model.gate", "0.875", "--model.gating", "block"], "take reversible"),
+        (["--model.memory", "auto"], "say --model.memory_limit GIB"),
+        (["--model.memory", "auto", "--model.memory_limit", "0.001"], "Allow more"),
+        (
+            ["--model.memory", "reversible", "--model.gate", "0.3", "--training.precision", "bf16-mixed"],
+            "smallest legal gate is 0.354",
+        ),
         (["--optimizer.init_args.lr", "-1"], "lr is -1"),
         (["--optimizer", "medmom.optim.MoMo", "--training.precision", "16-mixed"], "bf16-mixed or 32-true"),
         (["--data.folder", "nowhere"], "nowhere"),
@@ -242,6 +253,44 @@ def test_setting_that_cannot_work_is_refused_before_training(changes: list[str],
     message = refused(tmp_path, *changes)
     assert fact in message
     assert "\n" not in message
+
+
+def test_auto_writes_its_choice_into_the_run(tmp_path: Path) -> None:
+    auto = ("--model.memory", "auto", "--model.memory_limit", "0.016")
+    out = run(tmp_path, "auto", *auto, epochs=1, steps_per_epoch=1)
+    written = RecipeFile(out / "recipe.yaml")
+    assert written.get("model.memory") in {"checkpoint", "hybrid"}
+    assert written.get("model.memory_limit") == 0.016
+    assert load_package(out).network.memory == written.get("model.memory")
+
+
+@pytest.mark.parametrize("memory", ["hybrid", "exact"])
+def test_other_memory_trains_the_same_network(memory: str, tmp_path: Path) -> None:
+    first, second = (
+        run(tmp_path, name, "--model.memory", name, "--model.gate", "0.875", epochs=1) for name in ("plain", memory)
+    )
+    losses = [float(rows(out / "metrics.csv")[0]["train_loss"]) for out in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert weights(first).keys() == weights(second).keys()
+
+
+def test_overflow_of_memory_exact_is_one_line(tmp_path: Path) -> None:
+    exact = ("--model.memory", "exact", "--model.gate", "0.875", "--optimizer.init_args.lr", "1e9")
+    with pytest.raises(MedmomError, match=r"^model\.memory exact: .* must stay below 1024 .* Take memory") as caught:
+        run(tmp_path, "run", *exact, gradient_clip=None, schedule="constant")
+    assert "\n" not in str(caught.value)
+    # What was begun can be looked at, and is not finished.
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_resumed_run_is_refused_where_its_precision_does_not_suit(tmp_path: Path) -> None:
+    out = run(tmp_path, "run", "--model.memory", "reversible", "--model.gate", "0.3", epochs=1, steps_per_epoch=1)
+    shutil.rmtree(out / "model")
+    recipe = out / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("precision: null", "precision: bf16-mixed"))
+    with pytest.raises(MedmomError, match=r"smallest legal gate is 0\.354"):
+        resume(out, device="cpu", quiet=True)
 
 
 def test_unknown_device_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import yaml
 
-from medmom.recipe import RecipeFile
+from medmom.recipe_file import RecipeFile
 
 # The smallest patch with two axes of one size that carries the four stages of mom3d_xs.
 PATCH = [32, 32, 8]
