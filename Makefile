@@ -36,5 +36,5 @@ $(READY): pyproject.toml constraints.txt
 $(PEERS): $(READY)
 	# Without what they ask for: it would bring a torchvision that may not fit the torch that is here.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	    dynamic-network-architectures==0.4.4 momo-opt==0.1.0
+	    dynamic-network-architectures==0.4.4 momo-opt==0.1.0 momentumnet==0.10 memcnn==1.5.2 revtorch==0.2.4
 	touch $@
