@@ -171,7 +171,7 @@ def _optimizer_share(recipe: Recipe) -> float:
 
 
 def _rows(cost: Cost, beside: float, chosen: str) -> Iterator[str]:
-    yield f"  {'weights, gradients, optimizer':32}{beside / GIB:9.3g}"
+    yield f"  {'weights, gradients, optimizer':32}{beside / GIB:9.3f}"
     plain = cost.activations["plain"].peak
     for memory in MEMORIES:
         text = f"  activations, memory {memory:12}"
@@ -179,7 +179,7 @@ def _rows(cost: Cost, beside: float, chosen: str) -> Iterator[str]:
             yield f"{text}        -         {cost.refused[memory]}"
         else:
             peak = cost.activations[memory].peak
-            yield f"{text}{peak / GIB:9.3g}{peak / plain:7.0%}{'  chosen' if memory == chosen else ''}"
+            yield f"{text}{peak / GIB:9.3f}{peak / plain:7.0%}{'  chosen' if memory == chosen else ''}"
 
 
 def _spaced(number: int) -> str:

@@ -228,7 +228,7 @@ def _build(
     name: str, in_channels: int, out_channels: int, plan: tuple[ByStage | None, ByStage | None], options: Options
 ) -> MomentumUNet:
     size = SIZES[name]
-    kernels, strides = _plan(size, plan)
+    kernels, strides = _plan(name, size, plan)
     return MomentumUNet(
         in_channels,
         out_channels,
@@ -248,7 +248,7 @@ def _build_classifier(
     options: ClassifierOptions,
 ) -> MomentumResNet:
     size = CLASSIFIER_SIZES[name]
-    kernels, strides = _plan(size, plan)
+    kernels, strides = _plan(name, size, plan)
     return MomentumResNet(
         in_channels,
         out_channels,
@@ -260,9 +260,15 @@ def _build_classifier(
     )
 
 
-def _plan(size: Size, given: tuple[ByStage | None, ByStage | None]) -> tuple[ByStage, ByStage]:
+def _plan(name: str, size: Size, given: tuple[ByStage | None, ByStage | None]) -> tuple[ByStage, ByStage]:
     """Kernels and strides that were given, else 3 and 2 on every axis."""
     axes, stages = size.spatial_dims, len(size.channels)
+    for by_axis in (by_axis for by_stage in given if by_stage for by_axis in by_stage):
+        if len(by_axis) != axes:
+            raise ValueError(
+                f"{name} has {axes} axes, and kernels or strides are given for {len(by_axis)}: {list(by_axis)}. "
+                f"Give {axes} numbers a stage, or take a preset of {len(by_axis)}-D."
+            )
     kernels, strides = given
     return kernels or [[3] * axes] * stages, strides or [[1] * axes] + [[2] * axes] * (stages - 1)
 

@@ -121,8 +121,19 @@ def test_preset_suits_every_memory(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_plan_of_another_depth_is_refused(name: str) -> None:
+    axes = len(on_meta(name, 1, 2).divisor)
     with pytest.raises(ValueError, match="one of each for every stage"):
-        on_meta(name, 1, 2, strides=[[1, 1], [2, 2]])
+        on_meta(name, 1, 2, strides=[[1] * axes, [2] * axes])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("key", ["kernels", "strides"])
+def test_plan_of_other_axes_is_refused(name: str, key: str) -> None:
+    plan = on_meta(name, 1, 2).arguments[key]
+    axes = len(plan[0])
+    other = [by_axis[:1] * (5 - axes) for by_axis in plan]
+    with pytest.raises(ValueError, match=rf"^{name} has {axes} axes.*take a preset of {5 - axes}-D\.$"):
+        on_meta(name, 1, 2, **{key: other})
 
 
 CUBE, FLAT = (3, 3, 3), (3, 3, 1)
