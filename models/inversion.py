@@ -112,7 +112,7 @@ def invertible_flow(
     x: Tensor,
     velocity: Tensor | None,
     *,
-    pair: tuple[float, float] | None,
+    pair: tuple[float, float],
     gates: Tensor | None = None,
     weights: Tensor | None = None,
     is_exact: bool = False,
@@ -125,8 +125,8 @@ def invertible_flow(
         blocks: From (B, C, *spatial) to the same shape.
         x: Features, shape (B, C, *spatial).
         velocity: Of the same shape; None is zero.
-        pair: Gate and weight of every block, where they are fixed.
-        gates: Else of each block, shape (m, 1) or (m, C), fp32.
+        pair: Gate and weight of every block; where gates are learned, those at the start, which are not used.
+        gates: Learned ones of each block, shape (m, 1) or (m, C), fp32.
         weights: As ``gates``.
         is_exact: Whether the state is kept in integers.
 
@@ -140,7 +140,7 @@ def invertible_flow(
     check_replay(blocks, x.device)
     precision = Precision.now(x.device.type)
     dtype = torch.promote_types(x.dtype, torch.float32) if precision.is_low else x.dtype
-    course = Course(blocks, *(pair or (1.0, 1.0)), is_exact=is_exact, precision=precision, dtype=dtype)
+    course = Course(blocks, *pair, is_exact=is_exact, precision=precision, dtype=dtype)
     parameters = [parameter for by_block in course.parameters for parameter in by_block]
     features, moved = _Inversion.apply(  # type: ignore[no-untyped-call]
         course, x, velocity, gates, weights, *parameters
