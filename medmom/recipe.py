@@ -116,7 +116,7 @@ class TrainingRecipe:
     validate_every: int = 1
     picture_every: int = 5
     keep: Literal["last", "best"] = "last"
-    schedule: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    schedule: Literal["polynomial", "cosine", "warmup_stable_decay", "constant"] = "polynomial"
     warmup_steps: int = 0
     accumulate: int = 1
     gradient_clip: float | None = 12.0

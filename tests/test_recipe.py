@@ -237,7 +237,7 @@ def test_a_word_too_many_is_refused() -> None:
         ("model.gating", "layer", "Expected one of ['fixed', 'block', 'channel']. Got value: layer"),
         ("model.memory", "little", "'hybrid', 'exact', 'auto'] or null. Got value: little"),
         ("model.memory_limit", "much", "Expected a number or null. Got value: much"),
-        ("training.schedule", "linear", "Expected one of ['polynomial', 'cosine', 'constant']"),
+        ("training.schedule", "linear", "Expected one of ['polynomial', 'cosine', 'warmup_stable_decay', 'constant']"),
         ("training.precision", "fp8", "training.precision"),
         ("preparation.intensity", "us", "Expected one of ['ct', 'zscore']"),
         ("loss.dice_weight", "two", 'key "dice_weight": Expected a number. Got value: two'),
