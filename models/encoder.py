@@ -32,6 +32,10 @@ SHALLOW: dict[str, str] = {"reversible": "plain", "exact": "plain", "hybrid": "c
 """What it means for one of fewer, which has nothing to gain from inversion."""
 
 
+CHECKPOINTED = ("checkpoint", "hybrid")
+"""With which stem, entry blocks and whatever lies behind the encoder are computed again in the backward pass."""
+
+
 class LearnedStart(nn.Module):
     """First velocity of a stage from its features: ``norm(conv(x))`` with a 1-convolution; 0 at the start of training.
 
@@ -244,8 +248,13 @@ class MomentumEncoder(nn.Module):
         for stage in stages:
             meaning = DEEP if stage.momentum in deep else SHALLOW
             stage.momentum.memory = meaning.get(memory, memory)
-            stage.is_checkpointed = memory in ("checkpoint", "hybrid")
+            stage.is_checkpointed = memory in CHECKPOINTED
         self._memory = memory
+
+    @property
+    def is_checkpointed(self) -> bool:
+        """Whether all that does not run backwards is computed again in the backward pass."""
+        return self._memory in CHECKPOINTED
 
     @property
     def gate(self) -> float:
@@ -267,10 +276,46 @@ class MomentumEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Features of every stage, full resolution first."""
-        x = checkpointed(self.stem, image) if self._memory in ("checkpoint", "hybrid") else self.stem(image)
+        x = checkpointed(self.stem, image) if self.is_checkpointed else self.stem(image)
         velocity = None
         features = []
         for stage in self.stages:
             x, velocity = stage(x, velocity)
             features.append(x)
         return features
+
+
+class EncoderNetwork(nn.Module):
+    """Network whose gate and memory are those of its momentum encoder.
+
+    Attributes:
+        encoder: To be set by the network.
+    """
+
+    encoder: MomentumEncoder
+
+    @property
+    def memory(self) -> str:
+        """What is kept for the backward pass, as ``MomentumEncoder.memory``; changed at any time.
+
+        Raises:
+            ValueError: On setting: it is unknown, or does not suit the stages.
+        """
+        return self.encoder.memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self.encoder.memory = memory
+
+    @property
+    def gate(self) -> float:
+        """Gate of every momentum stage, or the one at which learned gates started.
+
+        Raises:
+            ValueError: On setting: the gates are learned, or it does not suit coupling and memory.
+        """
+        return self.encoder.gate
+
+    @gate.setter
+    def gate(self, gate: float) -> None:
+        self.encoder.gate = gate

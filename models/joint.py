@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from medmom.models.blocks import Norm
-from medmom.models.encoder import Block, NetworkMemory, Velocity
+from medmom.models.encoder import Block, EncoderNetwork, MomentumEncoder, NetworkMemory, Velocity
 from medmom.models.gates import Coupling, Gating
 from medmom.models.recompute import is_traced
 from medmom.models.resnet import ClassificationHead, check_norm
@@ -28,7 +28,7 @@ class JointLogits(NamedTuple):
     classification: Tensor
 
 
-class JointMomentumUNet(nn.Module):
+class JointMomentumUNet(EncoderNetwork):
     """``MomentumUNet`` with a ``ClassificationHead`` on its bottleneck.
 
     The head reads the whole of what it is given: on a patch, the patch.
@@ -48,7 +48,7 @@ class JointMomentumUNet(nn.Module):
         block: ``"postact"``, or ``"preact"`` for stages of 8 blocks or more.
         norm: Of the encoder: ``"group"``, which does not depend on the batch, or ``"batch"``; see
             ``medmom.models.resnet.check_norm``.
-        memory: What is kept for the backward pass, see the property.
+        memory: What is kept for the backward pass, as of ``MomentumUNet``.
         deep_supervision: In training, give segmentation logits at every resolution of the decoder.
         dropout: Share of the pooled features that training sets to 0, in [0, 1).
 
@@ -111,30 +111,9 @@ class JointMomentumUNet(nn.Module):
         return {**self.unet.arguments, **self._head_arguments}
 
     @property
-    def memory(self) -> str:
-        """What is kept for the backward pass, as ``MomentumUNet.memory``.
-
-        Raises:
-            ValueError: On setting: it is unknown, or does not suit the stages.
-        """
-        return self.unet.memory
-
-    @memory.setter
-    def memory(self, memory: str) -> None:
-        self.unet.memory = memory
-
-    @property
-    def gate(self) -> float:
-        """Gate of every momentum stage, or the one at which learned gates started.
-
-        Raises:
-            ValueError: On setting: the gates are learned, or it does not suit coupling and memory.
-        """
-        return self.unet.gate
-
-    @gate.setter
-    def gate(self, gate: float) -> None:
-        self.unet.gate = gate
+    def encoder(self) -> MomentumEncoder:  # type: ignore[override]
+        """The segmentation network's."""
+        return self.unet.encoder
 
     def forward(self, image: Tensor) -> JointLogits:
         """Logits of every voxel and of the whole image.
@@ -150,5 +129,5 @@ class JointMomentumUNet(nn.Module):
         """
         if not is_traced():
             self.unet.check(image)
-        features = self.unet.encoder(image)
+        features = self.encoder(image)
         return JointLogits(self.unet.decode(features), self.head(features[-1]))

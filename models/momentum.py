@@ -150,20 +150,21 @@ class MomentumStage(nn.Module):
         if not self.blocks:
             return x, velocity
         gates, weights = self._learned()
+        fixed = self._gate, self.weight
         if self._memory in ("reversible", "exact") and is_recorded():
             self._check_precision(x)
             flow: tuple[Tensor, Tensor] = invertible_flow(
                 tuple(self.blocks),
                 x,
                 velocity,
-                pair=(self._gate, self.weight),
+                pair=fixed,
                 gates=gates,
                 weights=weights,
                 is_exact=self._memory == "exact",
             )
             return flow
         for index, block in enumerate(self.blocks):
-            pair: tuple[Number, Number] = (self._gate, self.weight)
+            pair: tuple[Number, Number] = fixed
             if gates is not None and weights is not None:
                 shape = (1, -1, *[1] * (x.ndim - 2))
                 pair = (gates[index].view(shape).to(x.dtype), weights[index].view(shape).to(x.dtype))

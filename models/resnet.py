@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from medmom.models.blocks import Norm, initialise
-from medmom.models.encoder import Block, MomentumEncoder, NetworkMemory, Velocity
+from medmom.models.encoder import Block, EncoderNetwork, MomentumEncoder, NetworkMemory, Velocity
 from medmom.models.gates import Coupling, Gating
 from medmom.models.recompute import is_traced
 from medmom.models.sizes import check_image, check_stages, times
@@ -43,7 +43,7 @@ class ClassificationHead(nn.Module):
         return logits
 
 
-class MomentumResNet(nn.Module):
+class MomentumResNet(EncoderNetwork):
     """Residual classifier with momentum between the blocks of a stage.
 
     Stem and stages are those of ``medmom.models.unet.MomentumUNet``, but that the stem may have a stride; a
@@ -63,7 +63,7 @@ class MomentumResNet(nn.Module):
         velocity: With which a stage starts, see ``medmom.models.encoder.MomentumEncoder``.
         block: ``"postact"``, or ``"preact"`` for stages of 8 blocks or more.
         norm: ``"group"``, which does not depend on the batch, or ``"batch"``; see ``check_norm``.
-        memory: What is kept for the backward pass, see the property.
+        memory: What is kept for the backward pass, see ``medmom.models.encoder.MomentumEncoder.memory``.
         dropout: Share of the pooled features that training sets to 0, in [0, 1).
 
     Attributes:
@@ -140,32 +140,6 @@ class MomentumResNet(nn.Module):
     def arguments(self) -> dict[str, Any]:
         """Numbers, strings and lists with which ``MomentumResNet(**arguments)`` gives the same network anew."""
         return {**self._shape, "gate": self.gate, "memory": self.memory}
-
-    @property
-    def memory(self) -> str:
-        """What is kept for the backward pass, as ``medmom.models.encoder.MomentumEncoder.memory``.
-
-        Raises:
-            ValueError: On setting: it is unknown, or does not suit the stages.
-        """
-        return self.encoder.memory
-
-    @memory.setter
-    def memory(self, memory: str) -> None:
-        self.encoder.memory = memory
-
-    @property
-    def gate(self) -> float:
-        """Gate of every momentum stage, or the one at which learned gates started.
-
-        Raises:
-            ValueError: On setting: the gates are learned, or it does not suit coupling and memory.
-        """
-        return self.encoder.gate
-
-    @gate.setter
-    def gate(self, gate: float) -> None:
-        self.encoder.gate = gate
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of every class.

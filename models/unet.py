@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, cat, nn
 
 from medmom.models.blocks import ConvNormAct, Norm, convolution, initialise, upsampling
-from medmom.models.encoder import Block, MomentumEncoder, NetworkMemory, Velocity
+from medmom.models.encoder import Block, EncoderNetwork, MomentumEncoder, NetworkMemory, Velocity
 from medmom.models.gates import Coupling, Gating
 from medmom.models.recompute import checkpointed, is_traced
 from medmom.models.sizes import check_image, check_stages, times
@@ -41,9 +41,6 @@ class Decoder(nn.Module):
         channels: Of the encoder, by stage.
         kernels: Of the encoder, by stage.
         strides: Of the encoder, by stage.
-
-    Attributes:
-        is_checkpointed: Whether the stages are computed again in the backward pass.
     """
 
     def __init__(
@@ -53,19 +50,23 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(
             DecoderStage(channels[s + 1], channels[s], kernels[s], strides[s + 1]) for s in range(len(channels) - 1)
         )
-        self.is_checkpointed = False
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Decoded features of every stage but the bottleneck, full resolution first."""
+    def forward(self, features: Sequence[Tensor], *, is_checkpointed: bool = False) -> list[Tensor]:
+        """Decoded features of every stage but the bottleneck, full resolution first.
+
+        Args:
+            features: Of the encoder, by stage.
+            is_checkpointed: Whether the stages are computed again in the backward pass.
+        """
         *skips, x = features
         decoded = []
         for stage, skip in zip(reversed(self.stages), reversed(skips), strict=True):
-            x = checkpointed(stage, x, skip) if self.is_checkpointed else stage(x, skip)
+            x = checkpointed(stage, x, skip) if is_checkpointed else stage(x, skip)
             decoded.append(x)
         return decoded[::-1]
 
 
-class MomentumUNet(nn.Module):
+class MomentumUNet(EncoderNetwork):
     """Residual-encoder U-Net with momentum between the blocks of an encoder stage.
 
     Stem, residual blocks and decoder are those of nnU-Net's residual-encoder U-Net, and with gate 0 so is the
@@ -85,7 +86,8 @@ class MomentumUNet(nn.Module):
         velocity: With which a stage starts, see ``medmom.models.encoder.MomentumEncoder``.
         block: ``"postact"`` is the host's; ``"preact"`` for stages of 8 blocks or more.
         norm: Of the encoder; ``"instance"`` is the host's.
-        memory: What is kept for the backward pass, see the property.
+        memory: What is kept for the backward pass, see ``medmom.models.encoder.MomentumEncoder.memory``; where the
+            encoder's other blocks are computed again, so are the decoder's.
         deep_supervision: In training, give logits at every resolution of the decoder.
 
     Attributes:
@@ -148,46 +150,16 @@ class MomentumUNet(nn.Module):
             velocity=velocity,
             block=block,
             norm=norm,
+            memory=memory,
         )
         self.decoder = Decoder(channels, kernels, strides)
         self.heads = nn.ModuleList(convolution(width, out_channels, [1] * len(self.divisor)) for width in channels[:-1])
-        self.memory = memory
         initialise(self)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Numbers, strings and lists with which ``MomentumUNet(**arguments)`` gives the same network anew."""
         return {**self._shape, "gate": self.gate, "memory": self.memory}
-
-    @property
-    def memory(self) -> str:
-        """What is kept for the backward pass; it can be changed at any time, and changes nothing else.
-
-        As ``medmom.models.encoder.MomentumEncoder.memory``; with ``"checkpoint"`` and ``"hybrid"`` the decoder's
-        stages, too, are computed again.
-
-        Raises:
-            ValueError: On setting: it is unknown, or does not suit the stages.
-        """
-        return self.encoder.memory
-
-    @memory.setter
-    def memory(self, memory: str) -> None:
-        self.encoder.memory = memory
-        self.decoder.is_checkpointed = memory in ("checkpoint", "hybrid")
-
-    @property
-    def gate(self) -> float:
-        """Gate of every momentum stage, or the one at which learned gates started.
-
-        Raises:
-            ValueError: On setting: the gates are learned, or it does not suit coupling and memory.
-        """
-        return self.encoder.gate
-
-    @gate.setter
-    def gate(self, gate: float) -> None:
-        self.encoder.gate = gate
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Logits of every class.
@@ -208,7 +180,7 @@ class MomentumUNet(nn.Module):
 
     def decode(self, features: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Logits from the encoder's features of every stage, as ``forward`` gives them."""
-        decoded = self.decoder(features)
+        decoded = self.decoder(features, is_checkpointed=self.encoder.is_checkpointed)
         if self.training and self.deep_supervision:
             return [head(by_stage) for head, by_stage in zip(self.heads, decoded, strict=True)]
         logits: Tensor = self.heads[0](decoded[0])

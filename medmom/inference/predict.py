@@ -18,6 +18,7 @@ from medmom.errors import MedmomError
 from medmom.inference.inputs import find_inputs, validation_cases
 from medmom.inference.outputs import plan_outputs, write_prediction
 from medmom.inference.windows import num_windows, sliding_window
+from medmom.models.sizes import times
 from medmom.package import load_package, software_versions
 
 MAX_VOXELS = 2**31
@@ -84,7 +85,7 @@ class Predictor:
             logits = self._logits(case.image, bar_title=None if quiet else case.name)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise MedmomError(
-                f"{image.path}: memory is too small for the {_times(case.geometry.shape)} voxels of its working grid. "
+                f"{image.path}: memory is too small for the {times(case.geometry.shape)} voxels of its working grid. "
                 f"Crop the image{', or name --device cpu' if self.device.type == 'cuda' else ''}."
             ) from error
         if not all(map(math.isfinite, (logits.min(), logits.max()))):
@@ -103,7 +104,7 @@ class Predictor:
         shape = working_geometry(self.package.preparation, image.geometry).shape
         if math.prod(shape) > MAX_VOXELS:
             raise MedmomError(
-                f"{image.path}: {_times(shape)} voxels at the model's spacing {self.package.preparation.spacing} mm. "
+                f"{image.path}: {times(shape)} voxels at the model's spacing {self.package.preparation.spacing} mm. "
                 "Crop the image, and check the spacing in its header."
             )
 
@@ -234,7 +235,3 @@ def _listed(outcome: Outcome) -> dict[str, Any]:
 
 def _absolute(paths: Sequence[Path]) -> list[str]:
     return [str(path.absolute()) for path in paths]
-
-
-def _times(numbers: Sequence[int]) -> str:
-    return " x ".join(map(str, numbers))
