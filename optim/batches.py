@@ -40,6 +40,11 @@ class Batch(NamedTuple):
     steps: list[Tensor]
     found_inf: Tensor | None
 
+    def part(self, which: slice) -> Batch:
+        """Some of the tensors, as a batch."""
+        state = {name: tensors[which] for name, tensors in self.state.items()}
+        return self._replace(params=self.params[which], grads=self.grads[which], state=state, steps=self.steps[which])
+
 
 class Batches:
     """What an update works on: the parameters that have a gradient, batch by batch, and the numbers beside them.

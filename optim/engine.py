@@ -39,6 +39,8 @@ class MomentumOptimizer(Optimizer):
             know for which rules the value of its closure must be the true loss of the step.
         fused: Whether ``update`` is but one of torch's fused kernels, which are given ``found_inf`` and take
             all tensors of a group at once.
+        whole: Whether ``update`` passes over its tensors but once, so that a CPU is better given long ones in one
+            piece.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -48,6 +50,7 @@ class MomentumOptimizer(Optimizer):
     reported: ClassVar[tuple[str, ...]] = ()
     needs_loss: ClassVar[bool] = False
     fused: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -137,7 +140,7 @@ class MomentumOptimizer(Optimizer):
         if compiling:
             groups = [{**g, "lr": _as_tensor(g["lr"], skipped)} for g in groups]
         fused = self.fused and not compiling
-        batches = Batches(groups, self.buffers, totals, finite, fused=fused, whole=compiling)
+        batches = Batches(groups, self.buffers, totals, finite, fused=fused, whole=self.whole or compiling)
         for index, p, state in present:
             batches.add(index, p, self._tensors(groups[index], p, state), state["step"])
         batches.scalars = {name: [state[name] for *_, state in present] for name in ("step", *self.scalars)}

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from medmom.optim import kernels
 from medmom.optim.batches import Batch, Batches
-from medmom.optim.two_points import TwoPoints, move_, spread
+from medmom.optim.two_points import TwoPoints, move_, plan
 
 WEIGHTS = ("schedulet", "schedulet_next", "lr_max_squared", "uniform")
 
@@ -33,18 +33,18 @@ class _ScheduleFree(TwoPoints):
 
     @property
     def scalars(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The names of the sum of w, and of the highest lr so far where w is made of it."""
-        return ("weight_sum", "lr_max") if self.weights == "lr_max_squared" else ("weight_sum",)
+        """The names of what both points need, of the sum of w, and of the highest lr so far where w is made of it."""
+        own = ("weight_sum", "lr_max") if self.weights == "lr_max_squared" else ("weight_sum",)
+        return (*super().scalars, *own)
 
     def update(self, batches: Batches, loss: Tensor | None) -> None:
         """Takes one step of the formulas above."""
         now, after = self._factors(torch.compiler.is_compiling(), batches.totals["skipped"].device)
-        for batch, shares in spread(batches, self._shares(batches, now, after)):
-            terms, factor = self._step_of_base(batch, batch.group["lr"] * now)
-            move_(batch, terms, factor, shares)
+        shares = self._shares(batches, now, after)
+        self._move(batches, [group["lr"] * now for group in batches.groups], shares)
 
-    def _step_of_base(self, batch: Batch, lr: kernels.Number) -> tuple[list[Tensor], kernels.Number]:
-        """What z moves by: terms, and a factor of all of them."""
+    def _move(self, batches: Batches, lrs: list[kernels.Number], shares: Tensor) -> None:
+        """Moves the parameters, from the step size of each group and the weight of the new z in each x."""
         raise NotImplementedError
 
     # Compiled in, the count and what is made of it would ask for a new compilation at every step.
@@ -123,6 +123,8 @@ class ScheduleFreeSGD(_ScheduleFree):
         Gower 2025, arXiv:2511.07767v1.
     """
 
+    whole = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -137,8 +139,9 @@ class ScheduleFreeSGD(_ScheduleFree):
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, options, schedule, weights)
 
-    def _step_of_base(self, batch: Batch, lr: kernels.Number) -> tuple[list[Tensor], kernels.Number]:
-        return kernels.decayed(batch.grads, batch.params, batch.group["weight_decay"]), -lr
+    def _move(self, batches: Batches, lrs: list[kernels.Number], shares: Tensor) -> None:
+        for batch, moves in plan(batches, lrs, shares):
+            move_(batch, batch.grads, lrs[batch.group_index], moves, batch.group["weight_decay"])
 
 
 class ScheduleFreeAdamW(_ScheduleFree):
@@ -190,19 +193,25 @@ class ScheduleFreeAdamW(_ScheduleFree):
 
     @property
     def buffers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The names of z and v, and of m where there is one."""
+        """The names of y - z and v, and of m where there is one."""
         with_average = self.param_groups[0]["inner_momentum"] > 0
-        return ("base", "square", "grad_average") if with_average else ("base", "square")
+        return ("apart", "square", "grad_average") if with_average else ("apart", "square")
 
-    def _step_of_base(self, batch: Batch, lr: kernels.Number) -> tuple[list[Tensor], kernels.Number]:
+    def _move(self, batches: Batches, lrs: list[kernels.Number], shares: Tensor) -> None:
+        # The step size is in d already.
+        for batch, moves in plan(batches, [1.0] * len(lrs), shares):
+            move_(batch, self._steps(batch, lrs[batch.group_index]), 1.0, moves)
+
+    def _steps(self, batch: Batch, lr: kernels.Number) -> list[Tensor]:
+        """Lr d of each tensor; brings the moments up to date."""
         group = batch.group
-        moves = [torch.zeros_like(p) for p in batch.params]
+        steps = [torch.zeros_like(p) for p in batch.params]
         averages = batch.state.get("grad_average") or [torch.zeros_like(p) for p in batch.params]
         betas = (group["inner_momentum"], group["betas"][1])
-        # What the kernel would do to a parameter at 0, so that z and y take the very same step.
+        # What the kernel would do to a parameter at 0 with the opposite lr.
         kernels.adam_(
-            batch, batch.grads, averages, batch.state["square"], params=moves, lr=lr, betas=betas, eps=group["eps"]
+            batch, batch.grads, averages, batch.state["square"], params=steps, lr=-lr, betas=betas, eps=group["eps"]
         )
         if group["weight_decay"]:
-            kernels.add_(moves, batch.params, -lr * group["weight_decay"])
-        return moves, 1.0
+            kernels.add_(steps, batch.params, lr * group["weight_decay"])
+        return steps

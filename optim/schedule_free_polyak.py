@@ -8,7 +8,7 @@ from torch.optim.optimizer import ParamsT
 
 from medmom.optim import kernels
 from medmom.optim.batches import Batch, Batches, inner, is_readable
-from medmom.optim.two_points import TwoPoints, move_, spread
+from medmom.optim.two_points import TwoPoints, move_, plan
 
 
 class ScheduleFreePolyak(TwoPoints):
@@ -81,8 +81,8 @@ class ScheduleFreePolyak(TwoPoints):
 
     @property
     def buffers(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The names of z, and of v where there is one."""
-        return ("base",) if self.param_groups[0]["beta2"] is None else ("base", "square")
+        """The names of y - z, and of v where there is one."""
+        return ("apart",) if self.param_groups[0]["beta2"] is None else ("apart", "square")
 
     def update(self, batches: Batches, loss: Tensor | None) -> None:
         """Takes one step of the formulas above."""
@@ -91,21 +91,23 @@ class ScheduleFreePolyak(TwoPoints):
         for batch in batches:
             # Computed twice: to keep the quotients would take as much memory as the parameters.
             squares = [v.clone() for v in batch.state.get("square", [])]
-            apart = list(torch._foreach_sub(batch.state["base"], batch.params))
+            apart = batch.state["apart"]
             found.append(inner((batch.grads, apart), (batch.grads, _in_metric(batch, squares or None))))
-        taus = self._step_sizes(batches, loss, batches.sums(found).sum(1))
+        products = batches.sums(found)
+        ahead = -(products[0] * batches.stacked("unit")).sum()
+        taus = self._step_sizes(batches, loss, ahead, products[1].sum())
         counts = batches.stacked("step")
         spans = zip(batches.groups, batches.spans, strict=True)
         weights = torch.cat([(group["lr"] > 0) / counts[span] for group, span in spans])
-        for batch, shares in spread(batches, weights):
-            move_(batch, _direction(batch), -taus[batch.group_index], shares)
+        for batch, moves in plan(batches, taus, weights):
+            move_(batch, _direction(batch), taus[batch.group_index], moves, batch.group["weight_decay"])
 
-    def _step_sizes(self, batches: Batches, loss: Tensor, sums: Tensor) -> Sequence[kernels.Number]:
+    def _step_sizes(self, batches: Batches, loss: Tensor, ahead: Tensor, norm: Tensor) -> Sequence[kernels.Number]:
         """Tau of each group, from <g, z - y> and <g, g / D>: floats where they can be read without waiting."""
         options = self.param_groups[0]
         batches.totals["below_bound"].add_(loss < options["lower_bound"])
-        numerator = (loss - options["lower_bound"] + sums[0]).clamp(min=0)
-        quotient = numerator / sums[1].clamp(min=options["safeguard"])
+        numerator = (loss - options["lower_bound"] + ahead).clamp(min=0)
+        quotient = numerator / norm.clamp(min=options["safeguard"])
         taus = torch.stack([quotient.clamp(max=group["lr"]) for group in batches.groups])
         used = [tau for tau, span in zip(taus, batches.spans, strict=True) if span.start < span.stop]
         batches.totals["step_size"].copy_(torch.stack(used).amax())
@@ -125,5 +127,5 @@ def _in_metric(batch: Batch, squares: list[Tensor] | None) -> list[Tensor]:
 
 
 def _direction(batch: Batch) -> list[Tensor]:
-    """What z moves by, but for -tau: the gradient divided by D, and the decay; brings v up to date."""
-    return kernels.decayed(_in_metric(batch, batch.state.get("square")), batch.params, batch.group["weight_decay"])
+    """The gradient divided by D; brings v up to date, where there is one."""
+    return _in_metric(batch, batch.state.get("square"))

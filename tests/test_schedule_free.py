@@ -26,6 +26,7 @@ SCHEDULES: dict[str, Callable[[int], float] | None] = {
     "wsd": warmup_stable_decay(STEPS, warmup_steps=10, decay=0.3),
     "polynomial": polynomial(STEPS, warmup_steps=4),
     "late": lambda step: float(step > 2),
+    "jumping": lambda step: (1.0, 0.0, 1e-8, 0.5)[step % 4],
 }
 WEIGHTS = ["schedulet", "schedulet_next", "lr_max_squared", "uniform"]
 PLANS = [(schedule, weights) for schedule in SCHEDULES for weights in WEIGHTS]
@@ -122,6 +123,16 @@ def test_sixty_steps_equal_those_of_a_naive_twin(
 
 
 @both_rules
+def test_rounding_stays_small_over_many_steps(rule: str) -> None:
+    single, double = make(torch.float32), make()
+    for params in (single, double):
+        optimizer = RULES[rule](params, lr=0.05, schedule=warmup_stable_decay(2000, warmup_steps=50, decay=0.5))
+        walk(optimizer, params, range(2000))
+        optimizer.eval()
+    torch.testing.assert_close([p.double() for p in single], list(double), rtol=0, atol=2e-6)
+
+
+@both_rules
 def test_pieces_of_long_tensors_keep_the_weights_of_their_parameters(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +163,9 @@ def test_evaluation_at_half_precision_rounds_but_once(rule: str) -> None:
     y = nn.Parameter(torch.linspace(-2, 2, 999).bfloat16())
     optimizer = RULES[rule]([y], lr=0.3)
     walk(optimizer, [y], range(4))
-    z, before = optimizer.state[y]["base"], y.detach().float()
+    state, before = optimizer.state[y], y.detach().float()
     optimizer.eval()
-    assert_equal(y.detach(), (before + (1 - 1 / 0.9) * (z - before)).bfloat16())
+    assert_equal(y.detach(), (before + state["apart"] * (state["unit"] * (1 / 0.9 - 1))).bfloat16())
 
 
 @both_rules
@@ -289,7 +300,10 @@ def test_first_average_is_the_first_base_point(rule: str) -> None:
     params = make()
     optimizer = RULES[rule](params, lr=0.1)
     walk(optimizer, params, range(1))
-    assert_equal([p.detach() for p in params], [optimizer.state[p]["base"] for p in params])
+    before = copy.deepcopy(params)
+    assert all(optimizer.state[p]["unit"] == 0 for p in params)
+    optimizer.eval()
+    assert_equal(params, before)
 
 
 @both_rules
@@ -323,7 +337,7 @@ def test_no_first_moment_is_kept_unless_asked_for() -> None:
     others = other.param_groups[0]["params"]
     walk(other, others, range(1))
     kept = {name for name, value in optimizer.state[params[1]].items() if value.shape == params[1].shape}
-    assert kept == {"base", "square"}
+    assert kept == {"apart", "square"}
     assert "grad_average" in other.state[others[1]]
 
 
