@@ -80,8 +80,18 @@ class Geometry:
         if np.allclose(old, new, rtol=1e-5, atol=0):
             return self
         shape = np.maximum(1, np.round(np.array(self.shape) * old / new)).astype(int)
+        return self._rescaled(shape, new / old)
+
+    def with_shape(self, shape: Sequence[int]) -> Geometry:
+        """Gives a grid with the same axes, centre and extent, outer edges of voxels included, of another shape."""
+        if tuple(shape) == self.shape:
+            return self
+        return self._rescaled(np.array(shape), np.array(self.shape) / np.array(shape))
+
+    def _rescaled(self, shape: np.ndarray, factors: np.ndarray) -> Geometry:
+        """Gives a grid about the same centre whose voxel edges are ``factors`` times as long."""
         affine = self.affine.copy()
-        affine[:3, :3] = self.affine[:3, :3] * (new / old)
+        affine[:3, :3] = self.affine[:3, :3] * factors
         centre = self.affine[:3, :3] @ ((np.array(self.shape) - 1) / 2) + self.affine[:3, 3]
         affine[:3, 3] = centre - affine[:3, :3] @ ((shape - 1) / 2)
         return Geometry(tuple(shape), affine)

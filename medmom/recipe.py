@@ -21,36 +21,50 @@ class DataRecipe:
     """Which scans, and how they become batches.
 
     Attributes:
-        folder: Labelled scans: MSD decathlon, nnU-Net raw, images/ + labels/, or a CSV file.
+        folder: Labelled scans: MSD decathlon, nnU-Net raw, images/ + labels/, or a CSV file; to classify: a folder a
+            class, a CSV file with image and label, MedMNIST's .npz, or RadImageNet.
         group: Column of cases.csv that names the patient; cases of one patient stay in one fold.
+        blocks: To classify: each class's images, in the order of their names, are cut into that many blocks, which
+            stay in one fold; for neighbours that are slices of one scan. null: no blocks.
+        validation: Names of the validation cases, such as "liver_3[0-9]", instead of a fold.
+        leave_out: Names of cases that take no part, such as those of a test set.
         fold: Number of the fold to validate on, from 0.
         folds: Number of folds.
         cache: Folder for prepared cases.
-        patch: Voxels of a training patch, in right-anterior-superior axis order.
+        patch: Voxels of a training patch, in the order of the working axes; two edges make a network for pictures and
+            slices.
         batch_size: Patches in a batch of one process.
         workers: Processes that make patches; null: none on the CPU, one a core less one on a GPU.
         augment: Whether patches are changed at random, as nnU-Net does.
         mirror: Axes that may be flipped at random; leave 0 (left-right) out where classes have sides.
-        transforms: Further MONAI dictionary transforms of a patch: {"class": RandBiasFieldd, "keys": [image], ...}.
+        transforms: Further MONAI dictionary transforms of a patch: {"class": RandBiasFieldd, "keys": [image], ...}, or
+            of albumentations: {"class": albumentations.Rotate, "limit": 35}.
+        slices: To classify volumes with a 2-D network: how many slices of each are looked at.
+        balance: To classify: "weights": rare classes weigh more in the loss; "sampling": they are drawn more often.
     """
 
     folder: Path | None = None
     group: str | None = None
+    blocks: int | None = None
+    validation: list[str] = field(default_factory=list)
+    leave_out: list[str] = field(default_factory=list)
     fold: int = 0
     folds: int = 5
     cache: Path = Path("runs/cache")
-    patch: tuple[int, int, int] = (128, 128, 128)
+    patch: tuple[int, ...] = (128, 128, 128)
     batch_size: int = 2
     workers: int | None = None
     augment: bool = True
     mirror: list[Literal[0, 1, 2]] = field(default_factory=lambda: [0, 1, 2])
     transforms: list[dict[str, Any]] = field(default_factory=list)
+    slices: int | None = None
+    balance: Literal["none", "weights", "sampling"] = "none"
 
     def __post_init__(self) -> None:
         """Refuses sizes that make no batch."""
-        _refuse_below("data", self, {"batch_size": 1, "workers": 0})
-        if min(self.patch) < 1:
-            raise MedmomError(f"data.patch {list(self.patch)}: give three edges in voxels, each 1 or more.")
+        _refuse_below("data", self, {"batch_size": 1, "workers": 0, "slices": 1, "blocks": 2})
+        if len(self.patch) not in (2, 3) or min(self.patch) < 1:
+            raise MedmomError(f"data.patch {list(self.patch)}: give two or three edges in voxels, each 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,9 @@ class ModelRecipe:
         memory_limit: GiB that a training step may take under memory auto, weights and optimizer included; null: nine
             tenths of what is free on the GPU.
         deep_supervision: Whether lower resolutions of the decoder learn too.
+        pooling: To classify volumes with a 2-D network: "mean" of the slices' logits, or by learned "attention".
+        dropout: To classify: share of the pooled features that training sets to 0; null: the preset's own.
+        init_from: Model package or checkpoint whose weights are taken where they fit.
     """
 
     preset: str = "mom3d_s"
@@ -81,6 +98,9 @@ class ModelRecipe:
     memory: Literal["plain", "checkpoint", "reversible", "hybrid", "exact", "auto"] | None = None
     memory_limit: float | None = None
     deep_supervision: bool = True
+    pooling: Literal["mean", "attention"] = "mean"
+    dropout: float | None = None
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuses a momentum that grows without end, and no memory."""
@@ -112,6 +132,7 @@ class TrainingRecipe:
         precision: Lightning's name; null: bf16-mixed on a GPU that has it, else 32-true.
         seed: Seed of weights, patches and augmentation.
         monitor: Whether to log what the optimizer does (such as the step size it chose) and the gradient's spectrum.
+        mixup: To classify: how evenly two images are mixed, the parameter of a Beta distribution; 0: not at all.
     """
 
     epochs: int = 1000
@@ -130,11 +151,12 @@ class TrainingRecipe:
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"] | None = None
     seed: int = 0
     monitor: bool = False
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuses numbers of which no training is made."""
         counts = dict.fromkeys(("epochs", "steps_per_epoch", "validate_every", "picture_every", "accumulate"), 1)
-        _refuse_below("training", self, {**counts, "warmup_steps": 0, "seed": 0})
+        _refuse_below("training", self, {**counts, "warmup_steps": 0, "seed": 0, "mixup": 0})
         if self.seed >= 2**32:
             raise MedmomError(f"training.seed {self.seed}: give a number below 2^32.")
         if not 0 < self.layer_decay <= 1:

@@ -18,6 +18,9 @@ class CaseFiles:
         label: The label map; None without one.
         group: What must stay in one fold, such as a patient; the case's own name where nothing is known.
         annotated: Foreground classes that were looked for in this case; None: all.
+        classes: What the whole image is of, for classification; None where that is not known.
+        fold: The part of the data that the case was assigned to; None: not assigned.
+        item: Place of the image in a file of many, from 0; None: the file is one image.
     """
 
     name: str
@@ -25,6 +28,9 @@ class CaseFiles:
     label: Path | None
     group: str
     annotated: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    fold: str | None = None
+    item: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,54 @@ from medmom.data.case import Case
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry, resample, resample_slabs
 
+AXES = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
+"""Where the axes of the working grid point, by what the third one counts."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Share of red, green and blue in grey, as in ITU-R BT.601."""
+
 
 @dataclass(frozen=True)
 class Preparation:
     """How a case is brought to the working grid; the same for training and for inference.
 
-    The working grid has the case's own axes, turned to the closest right-anterior-superior order, and
-    the spacing given here. Images go there by cubic, labels by linear interpolation of each class.
+    The working grid has the case's own axes, turned to the closest right-anterior-superior order or to that of
+    ``plane``, and the spacing or the size given here. Images go there by cubic, labels by linear interpolation of
+    each class.
 
     Attributes:
-        spacing: Voxel edges of the working grid in mm, in RAS axis order; None keeps each case's own.
+        spacing: Voxel edges of the working grid in mm, in the order of its axes; None keeps each case's own.
         intensity: ``"ct"`` clips and standardises with numbers fixed for all cases, in Hounsfield units;
-            ``"zscore"`` subtracts each case's own mean and divides by its own standard deviation.
+            ``"zscore"`` subtracts each case's own mean and divides by its own standard deviation; ``"unit"`` divides
+            by 255, for pictures.
         clip: For ``"ct"``: lowest and highest value kept; None: 0.5 and 99.5 percentile of the
             foreground of the training cases.
         mean: For ``"ct"``: value that becomes 0; None: mean of the clipped foreground.
         std: For ``"ct"``: value that becomes 1; None: standard deviation of the clipped foreground.
+        size: Voxels of the working grid along its axes, instead of a spacing, whatever the image's own proportions;
+            two numbers leave the third axis, that of the slices, alone. None: as many as the spacing asks for.
+        plane: What the third axis of the working grid counts: ``"axial"``, ``"coronal"`` or ``"sagittal"`` slices.
+        colour: ``"grey"`` or ``"rgb"`` brings pictures of one and of three channels to that; ``"own"`` leaves them.
     """
 
     spacing: tuple[float, ...] | None
-    intensity: Literal["ct", "zscore"]
+    intensity: Literal["ct", "zscore", "unit"]
     clip: tuple[float, float] | None = None
     mean: float | None = None
     std: float | None = None
+    size: tuple[int, ...] | None = None
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    colour: Literal["own", "grey", "rgb"] = "own"
 
     def __post_init__(self) -> None:
         """Refuses numbers that no case could be prepared with."""
+        if self.size is not None and (len(self.size) not in (2, 3) or min(self.size) < 1):
+            raise MedmomError(f"preparation.size {self.size}: give two or three numbers of voxels, each 1 or more.")
+        if self.size is not None and self.spacing is not None:
+            raise MedmomError(
+                f"preparation.size {self.size} and preparation.spacing {self.spacing}: one follows from the other; "
+                "set one of them to null."
+            )
         if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
             raise MedmomError(f"preparation.spacing {self.spacing}: give three voxel edges in mm, each above 0.")
         if self.clip is not None and self.clip[0] >= self.clip[1]:
@@ -46,7 +68,7 @@ class Preparation:
     @property
     def is_fitted(self) -> bool:
         """Whether every number that ``prepare`` needs is known."""
-        return self.intensity == "zscore" or None not in (self.clip, self.mean, self.std)
+        return self.intensity != "ct" or None not in (self.clip, self.mean, self.std)
 
 
 def fit_preparation(preparation: Preparation, foreground: Iterable[np.ndarray]) -> Preparation:
@@ -79,7 +101,9 @@ def fit_preparation(preparation: Preparation, foreground: Iterable[np.ndarray]) 
 
 def working_geometry(preparation: Preparation, geometry: Geometry) -> Geometry:
     """Gives the grid on which the network sees a case that lies on ``geometry``."""
-    turned = geometry.reoriented("RAS")
+    turned = geometry.reoriented(AXES[preparation.plane])
+    if preparation.size is not None:
+        return turned.with_shape((*preparation.size, *turned.shape[len(preparation.size) :]))
     return turned if preparation.spacing is None else turned.with_spacing(preparation.spacing)
 
 
@@ -94,7 +118,7 @@ def prepare(case: Case, preparation: Preparation) -> Case:
         The case on the working grid: image float32 (C, X, Y, Z), label ``uint8`` (X, Y, Z) or None.
     """
     target = working_geometry(preparation, case.geometry)
-    image = _scale(case.image, preparation)
+    image = _scale(_coloured(case.image, preparation.colour), preparation)
     image = resample(image, case.geometry, target, order=3)
     label = case.label
     if label is not None:
@@ -102,7 +126,18 @@ def prepare(case: Case, preparation: Preparation) -> Case:
     return replace(case, image=image, label=label, geometry=target)
 
 
+def _coloured(image: np.ndarray, colour: str) -> np.ndarray:
+    """Brings images of one and of three channels to the number wanted; others stay as they are."""
+    if colour == "grey" and len(image) == 3:
+        return np.tensordot(np.array(LUMA, np.float32), image, axes=1)[None]
+    if colour == "rgb" and len(image) == 1:
+        return np.repeat(image, 3, axis=0)
+    return image
+
+
 def _scale(image: np.ndarray, preparation: Preparation) -> np.ndarray:
+    if preparation.intensity == "unit":
+        return image / np.float32(255)
     if preparation.intensity == "ct":
         if not preparation.is_fitted or preparation.clip is None:
             raise ValueError("the preparation is not fitted")
