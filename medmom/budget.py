@@ -9,7 +9,6 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from medmom.data.module import CaseDataModule
 from medmom.errors import MedmomError
 
 WARM_UP, MEASURED = 5, 16
@@ -39,7 +38,7 @@ class Pace:
 
 
 def measure_pace(
-    task: lightning.LightningModule, data: CaseDataModule, voxels: Sequence[int], **trainer_options: Any
+    task: lightning.LightningModule, data: lightning.LightningDataModule, voxels: Sequence[int], **trainer_options: Any
 ) -> Pace:
     """Trains a copy of the task for some steps and validates a few cases.
 

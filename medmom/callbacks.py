@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from medmom.data.atomic import write_text
 from medmom.data.cache import PreparedCase
 from medmom.errors import MedmomError
-from medmom.evaluation.overlay import cut_planes, draw_planes
+from medmom.evaluation.overlay import cut_picture, cut_planes, draw_planes
 from medmom.labels import IGNORE, Labels
 from medmom.tasks.segmentation import SegmentationTask
 
@@ -98,10 +98,13 @@ class ValidationPicture(Callback):
         labels: Class names and colours.
         folder: Where the PNG files go, named by epoch.
         every: Validations between pictures; the last one is always drawn.
+        is_picture: Whether the case lies on a page as it is; else it is a scan, of which planes are shown.
     """
 
-    def __init__(self, case: PreparedCase, labels: Labels, folder: Path, *, every: int) -> None:
-        self.case, self.labels, self.folder, self.every = case, labels, folder, every
+    def __init__(
+        self, case: PreparedCase, labels: Labels, folder: Path, *, every: int, is_picture: bool = False
+    ) -> None:
+        self.case, self.labels, self.folder, self.every, self.is_picture = case, labels, folder, every, is_picture
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draws, when it is time."""
@@ -117,7 +120,10 @@ class ValidationPicture(Callback):
         with torch.inference_mode():
             prediction = pl_module.segment(image)[0].cpu().numpy().astype("uint8")
         reference = np.where(case.label == IGNORE, 0, case.label)
-        planes = cut_planes(case.image[0], prediction, reference, case.geometry.spacing)
+        if self.is_picture:
+            planes = [cut_picture(case.image, prediction, reference)]
+        else:
+            planes = cut_planes(case.image[0], prediction, reference, case.geometry.spacing)
         if not planes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         with path.open("rb") as file:
-            content = _read(file, path)
+            content = read_saved(file, path)
     except OSError as error:
         raise MedmomError(f"{path}: cannot be read ({error.strerror}). Check path and permissions.") from error
     weights = content.get("network_weights") if isinstance(content, Mapping) else None
@@ -82,7 +82,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _read(file: IO[bytes], path: Path) -> Any:
+def read_saved(file: IO[bytes], path: Path) -> Any:
+    """Reads what ``torch.save`` wrote, of numbers, numpy's scalars, texts and tensors.
+
+    Args:
+        file: Open for bytes.
+        path: Its name, for messages.
+
+    Returns:
+        Its content, tensors on the CPU.
+
+    Raises:
+        MedmomError: It is damaged, or holds something else (each foreign class or function is named; none is called).
+    """
     with _allow_list(), warnings.catch_warnings():
         # Torch warns of pickle protocols that it then refuses.
         warnings.simplefilter("ignore")

@@ -14,23 +14,26 @@ from medmom import __version__
 from medmom.errors import MedmomError
 
 DESCRIPTION = """\
-Momentum networks for medical images: train, predict, evaluate, report.
+Momentum networks for medical images: train, predict, evaluate, report; scans and pictures, to segment or to classify.
 
-  medmom inspect FOLDER                        what is in a folder of scans, and what is wrong with it
+  medmom inspect FOLDER                        what is in a folder of images, and what is wrong with it
   medmom train RECIPE --data.folder FOLDER     train a network; ends with a model package
-  medmom predict MODEL SCANS --out FOLDER      segment scans, each on its own grid
-  medmom evaluate PREDICTIONS REFERENCES       Dice, IoU, recall, precision, HD95, NSD with intervals
+  medmom predict MODEL SCANS --out FOLDER      segment images, each on its own grid
+  medmom predict MODEL SCANS --out FILE.csv    classify images
+  medmom evaluate PREDICTIONS REFERENCES       Dice, IoU, recall, precision, HD95, NSD; or accuracy, AUROC and others
   medmom report RUN_OR_SCORES                  one HTML page with pictures, tables and curves
   medmom demo                                  all of this on made-up scans, in a few minutes
 """
 
 TRAIN = """\
-Trains a network on a folder of labelled scans and writes a model package.
+Trains a network on a folder of labelled scans or pictures, or of classified ones, and writes a model package.
 
 RECIPE is a YAML file or the name of a shipped one: {recipes}.
 Every value of a recipe can be changed here, as --section.key value:
 
   medmom train hippocampus --data.folder Task04 --model.preset mom3d_xs --training.max_minutes 30
+  medmom train polyps --data.folder Kvasir-SEG --init-from runs/other/model
+  medmom train modality --data.folder MedNIST --training.max_minutes 15
   medmom train my_recipe.yaml --data.fold 1 --out runs/fold1
   medmom train --resume runs/fold1
 """
@@ -90,11 +93,16 @@ def _command(
 def _add_inspect(commands: Any) -> None:
     text = (
         "Lists the cases of a folder with their shapes, spacings, intensities and label volumes, names every\n"
-        "fault with file and mend (exit code 2), and proposes spacing, patch and normalisation with reasons."
+        "fault with file and mend (exit code 2), and proposes spacing, patch and normalisation with reasons.\n"
+        "With --augment it draws what the network of a recipe is fed: patches, changed at random as in training."
     )
-    command = _command(commands, "inspect", _inspect, text, "what is in a folder of scans, and what is wrong with it")
-    command.add_argument("folder", type=Path, help="MSD decathlon, nnU-Net raw, images/ + labels/, or a CSV file")
+    command = _command(commands, "inspect", _inspect, text, "what is in a folder of images, and what is wrong with it")
+    command.add_argument(
+        "folder", type=Path, help="MSD decathlon, nnU-Net raw, images/ + labels/, a CSV file, or a folder a class"
+    )
     command.add_argument("--data.group", dest="group", metavar="COLUMN", help="column of cases.csv that is the patient")
+    command.add_argument("--augment", metavar="RECIPE", help="draw a sheet of training patches instead")
+    command.add_argument("--out", type=Path, metavar="PNG", help="the sheet (default augment.png)")
 
 
 def _add_train(commands: Any) -> None:
@@ -102,33 +110,42 @@ def _add_train(commands: Any) -> None:
     command.add_argument("recipe", nargs="?", help="a YAML file or the name of a shipped recipe")
     command.add_argument("--out", type=Path, metavar="RUN", help="new folder for the run (default: one under runs/)")
     command.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run; needs no recipe")
+    command.add_argument(
+        "--init-from", type=Path, metavar="MODEL", help="take the weights that fit from a run, package or checkpoint"
+    )
     command.format_help = lambda: _train_help(command)  # type: ignore[method-assign]
 
 
 def _add_predict(commands: Any) -> None:
     text = (
-        "Segments scans with a trained model. Each label map lies on its scan's own grid. The model is loaded once;\n"
-        "a scan that fails does not stop the others, is named at the end, and makes the exit code 2."
+        "Segments or classifies scans and pictures with a trained model. Each label map lies on its scan's own grid;\n"
+        "classes go into one CSV file with calibrated probabilities. The model is loaded once; a scan that fails does\n"
+        "not stop the others, is named at the end, and makes the exit code 2."
     )
-    command = _command(commands, "predict", _predict, text, "segment scans, each on its own grid")
+    command = _command(commands, "predict", _predict, text, "segment images, each on its own grid, or classify them")
     command.add_argument("model", type=Path, help="run folder or model package")
     command.add_argument("inputs", nargs="*", help="files, folders or patterns")
-    command.add_argument("--out", type=Path, required=True, help="a file for one input, else a folder")
-    command.add_argument("--fold", choices=["validation"], help="segment the validation cases of the run instead")
+    command.add_argument(
+        "--out", type=Path, required=True, help="a file for one input, else a folder; to classify: a .csv file"
+    )
+    command.add_argument("--fold", choices=["validation"], help="take the validation cases of the run instead")
+    command.add_argument("--explain", action="store_true", help="to classify: a picture a case of what counted")
 
 
 def _add_evaluate(commands: Any) -> None:
     text = (
         "Scores predictions against references: Dice, IoU, recall, precision, HD95 and NSD for each case and class,\n"
-        "with 95 % bootstrap intervals over patients. A listed case without a prediction is a miss and counts."
+        "with 95 % bootstrap intervals over patients. A listed case without a prediction is a miss and counts.\n"
+        "Of classes (a .csv file of predict): accuracy, recall, precision, F1, AUROC, AUPRC, kappa and calibration."
     )
     command = _command(commands, "evaluate", _evaluate, text, "score predictions against references")
-    command.add_argument("predictions", type=Path, help="folder of label maps, or one file")
+    command.add_argument("predictions", type=Path, help="folder of label maps, one file, or classes.csv")
     command.add_argument(
         "references",
         type=Path,
         nargs="?",
-        help="folder of label maps, or one file; not needed where PREDICTIONS/cases.json names the references",
+        help="folder of label maps, or one file; of classes: a CSV file or a folder a class; not needed where what "
+        "predict wrote names the references",
     )
     command.add_argument("--out", type=Path, help="where the scores go (default PREDICTIONS/scores.json)")
     command.add_argument(
@@ -167,8 +184,17 @@ def _train_help(command: argparse.ArgumentParser) -> str:
 
 
 def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
+    if options.augment is not None:
+        return _draw_patches(options)
+    if options.out is not None:
+        raise MedmomError(f"--out {options.out}: is the sheet that --augment RECIPE draws. Name the recipe too.")
+    from medmom.data.class_inspect import format_class_inspection, holds_classes, inspect_classes
     from medmom.data.inspect import format_inspection, inspect_folder
 
+    if holds_classes(options.folder):
+        classes = inspect_classes(options.folder, group=options.group, quiet=options.quiet)
+        print(format_class_inspection(classes))
+        return 2 if classes.faults else 0
     with tqdm(desc="Reading", unit="case", disable=options.quiet, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -180,13 +206,26 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
     return 2 if inspection.faults else 0
 
 
+def _draw_patches(options: argparse.Namespace) -> int:
+    from medmom.patches import draw_patches
+    from medmom.recipe_file import RecipeFile, recipe_path
+
+    changes = ["--data.folder", str(options.folder), *(["--data.group", options.group] if options.group else [])]
+    out = draw_patches(
+        RecipeFile(recipe_path(options.augment), changes), options.out or Path("augment.png"), quiet=options.quiet
+    )
+    print(f"Sheet: {out}")
+    return 0
+
+
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from medmom import train
+    from medmom.package import is_classifier
     from medmom.recipe_file import RecipeFile, recipe_path
     from medmom.run import next_run
 
     if options.resume is not None:
-        if options.recipe or rest:
+        if options.recipe or rest or options.init_from:
             raise MedmomError(f"--resume {options.resume}: takes no recipe and no changes; the run has its own.")
         model = train.resume(options.resume, device=options.device, quiet=options.quiet)
     else:
@@ -194,15 +233,24 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
             raise MedmomError("no recipe given; name a file or a shipped recipe, see `medmom train --help`.")
         path = recipe_path(options.recipe)
         out = options.out or next_run(path.stem)
-        model = train.train(RecipeFile(path, rest), out, device=options.device, quiet=options.quiet)
+        start = [] if options.init_from is None else ["--model.init_from", str(options.init_from)]
+        model = train.train(RecipeFile(path, [*rest, *start]), out, device=options.device, quiet=options.quiet)
     print(f"Model package: {model}")
-    print(f"Next: medmom predict {model.parent} --fold validation --out {model.parent / 'validation'}")
+    ending = "validation.csv" if is_classifier(model) else "validation"
+    print(f"Next: medmom predict {model.parent} --fold validation --out {model.parent / ending}")
     return 0
 
 
 def _predict(options: argparse.Namespace, rest: list[str]) -> int:
     from medmom.inference.predict import predict
+    from medmom.package import is_classifier
 
+    if is_classifier(options.model):
+        return _classify(options)
+    if options.explain:
+        raise MedmomError(
+            f"--explain: {options.model} segments; only what a classifier found is explained. Leave it out."
+        )
     outcomes = predict(
         options.model, options.inputs, options.out, device=options.device, fold=options.fold, quiet=options.quiet
     )
@@ -213,10 +261,37 @@ def _predict(options: argparse.Namespace, rest: list[str]) -> int:
     return 2 if failed else 0
 
 
+def _classify(options: argparse.Namespace) -> int:
+    from medmom.inference.class_predict import predict_classes
+
+    outcomes = predict_classes(
+        options.model,
+        options.inputs,
+        options.out,
+        device=options.device,
+        fold=options.fold,
+        quiet=options.quiet,
+        explain=options.explain,
+    )
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        print(f"medmom: {outcome.error}", file=sys.stderr)
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} images classified: {options.out}")
+    return 2 if failed else 0
+
+
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     from medmom.data.atomic import write_json
+    from medmom.evaluation.class_scores import evaluate_classes, format_class_scores, is_class_table
     from medmom.evaluation.scores import evaluate, format_scores
 
+    if is_class_table(options.predictions):
+        scores = evaluate_classes(options.predictions, options.references, progress=not options.quiet)
+        out = options.out or options.predictions.with_name(f"{options.predictions.stem}_scores.json")
+        write_json(out, scores)
+        print(format_class_scores(scores))
+        print(f"Scores: {out}")
+        return 0
     scores = evaluate(
         options.predictions,
         options.references,

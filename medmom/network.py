@@ -1,37 +1,65 @@
 from __future__ import annotations
 
-import copy
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from medmom import models
 from medmom.errors import MedmomError
-from medmom.models.cost import MEMORIES, Cost, choose_memory, measure_cost
-from medmom.models.presets import SIZES
-from medmom.recipe import Recipe, TrainingRecipe
+from medmom.models.cost import MEMORIES, choose_memory
+from medmom.models.presets import CLASSIFIER_SIZES, SIZES
+from medmom.recipe import ModelRecipe, Recipe, TrainingRecipe
+from medmom.step_cost import GIB, describe_step, measure_step, optimizer_share
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
+Job = Literal["segmentation", "classification"]
 
 FREE_SHARE = 0.9
 """Share of a GPU's free memory that is planned with; the rest is for what convolutions work in."""
 
-DTYPES = {"32": torch.float32, "64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}
-"""What the first half of Lightning's names for precisions stands for."""
+
+class _Preset(NamedTuple):
+    job: Job
+    spatial_dims: int
+    kind: type[nn.Module]
 
 
-def presets() -> list[str]:
-    """Lists the presets that segment volumes."""
-    # Others classify, or have two axes: what a preset gives stands in its signature.
-    kinds = {name: get_type_hints(getattr(models, name))["return"] for name in SIZES}
-    return [name for name, size in SIZES.items() if size.spatial_dims == 3 and kinds[name] is models.MomentumUNet]
+_PRESETS = {
+    **{name: _Preset("segmentation", size.spatial_dims, models.MomentumUNet) for name, size in SIZES.items()},
+    "paper2d": _Preset("segmentation", 2, models.Paper2D),
+    "transnetr": _Preset("segmentation", 2, models.TransNetR),
+    **{
+        name: _Preset("classification", size.spatial_dims, models.MomentumResNet)
+        for name, size in CLASSIFIER_SIZES.items()
+    },
+}
+
+_NO_OPTIONS = ("preset", "memory_limit", "pooling", "init_from")
+"""Keys of a recipe's model that say something else than how its preset is made."""
+
+
+def presets(job: Job | None = None, spatial_dims: int | None = None) -> list[str]:
+    """Lists the names that ``model.preset`` takes, of one job and for patches of so many edges, or of any."""
+    return [
+        name
+        for name, preset in _PRESETS.items()
+        if job in (None, preset.job) and spatial_dims in (None, preset.spatial_dims)
+    ]
+
+
+def job_of(recipe: Recipe) -> Job:
+    """Says what a recipe's network is for.
+
+    Raises:
+        MedmomError: There is no such preset, or it does not suit the edges of the patch.
+    """
+    return _preset(recipe).job
 
 
 def training_precision(settings: TrainingRecipe, device: torch.device) -> str:
@@ -44,31 +72,82 @@ def training_precision(settings: TrainingRecipe, device: torch.device) -> str:
 def build_network(recipe: Recipe, in_channels: int, out_channels: int) -> nn.Module:
     """Makes the recipe's network, with kernels and strides that suit its patch and spacing.
 
-    As long as memory is ``auto``, everything is kept.
+    Where ``data.slices`` is given, it classifies volumes by their slices. As long as memory is ``auto``, everything is
+    kept. Settings that a network does not know are left out while they have their defaults.
 
     Raises:
         MedmomError: There is no such preset, or it does not suit the patch or the other settings.
     """
-    name = recipe.model.preset
-    if name not in presets():
-        known = ", ".join(presets())
-        raise MedmomError(f"model.preset {name}: no network that segments volumes of 3 axes; choose one of {known}.")
-    options = asdict(recipe.model)
-    for key in ("preset", "memory_limit"):
-        del options[key]
-    if recipe.model.memory is None:
-        del options["memory"]
-    elif recipe.model.memory == "auto":
-        options["memory"] = "plain"
+    name, preset = recipe.model.preset, _preset(recipe)
+    _check_slices(recipe)
+    make = partial(_make, recipe, preset, (in_channels, out_channels), _options(recipe, preset))
     try:
-        kernels, strides = models.plan_kernels_and_strides(
-            recipe.data.patch, recipe.preparation.spacing or (1.0, 1.0, 1.0), len(SIZES[name].channels)
-        )
-        network: nn.Module = getattr(models, name)(
-            in_channels, out_channels, kernels=kernels, strides=strides, **options
-        )
+        if recipe.data.slices is None:
+            return make()
+        # On the meta device its first weights take no time, and no random numbers.
+        with torch.device("meta"):
+            backbone: Any = make()
+        return models.SliceClassifier(**backbone.arguments, pooling=recipe.model.pooling)
     except ValueError as error:
         raise MedmomError(f"model with preset {name}: {error}") from None
+
+
+def _preset(recipe: Recipe) -> _Preset:
+    name, edges = recipe.model.preset, len(recipe.data.patch)
+    known = _PRESETS.get(name)
+    fitting = ", ".join(presets(known and known.job, edges))
+    patch = f"data.patch {list(recipe.data.patch)} has {edges} edges"
+    if known is None:
+        raise MedmomError(f"model.preset {name}: no such network; {patch}, for which there are {fitting}.")
+    if known.spatial_dims != edges:
+        raise MedmomError(
+            f"model.preset {name}: a network of {known.spatial_dims} axes, but {patch}; choose one of {fitting}, or a "
+            f"patch of {known.spatial_dims} edges."
+        )
+    return known
+
+
+def _check_slices(recipe: Recipe) -> None:
+    slices, fitting = recipe.data.slices, presets("classification", 2)
+    if slices is not None and recipe.model.preset not in fitting:
+        raise MedmomError(
+            f"data.slices {slices}: {recipe.model.preset} does not classify volumes by their slices; set it to null, "
+            f"or choose one of {', '.join(fitting)}."
+        )
+    if slices is None and recipe.model.pooling != ModelRecipe.pooling:
+        raise MedmomError(
+            f"model.pooling {recipe.model.pooling}: there are no slices to pool; say with data.slices how many of each "
+            "volume are looked at, or leave the key out."
+        )
+
+
+def _options(recipe: Recipe, preset: _Preset) -> dict[str, Any]:
+    """Settings of the recipe that the network takes, but for those that are left to its preset."""
+    # Any network can keep everything, and some can do nothing else.
+    everything = (("memory", "plain"), ("memory", "auto"))
+    takes, plain = inspect.signature(preset.kind).parameters, ModelRecipe()
+    options: dict[str, Any] = {}
+    for key, value in asdict(recipe.model).items():
+        if key in _NO_OPTIONS or value is None:
+            continue
+        if key in takes:
+            options[key] = "plain" if (key, value) == ("memory", "auto") else value
+        elif value != getattr(plain, key) and (key, value) not in everything:
+            raise MedmomError(f"model.{key} {value}: {recipe.model.preset} knows no {key}; leave the key out.")
+    return options
+
+
+def _make(recipe: Recipe, preset: _Preset, channels: tuple[int, int], options: dict[str, Any]) -> nn.Module:
+    network: nn.Module
+    if preset.kind in (models.Paper2D, models.TransNetR):
+        network = preset.kind(*channels, **options)
+        return network
+    name, patch = recipe.model.preset, recipe.data.patch
+    # A classifier's stem may halve a patch once more: the mean over its last stage can do with 2 voxels an edge.
+    num_stages = len({**SIZES, **CLASSIFIER_SIZES}[name].channels)
+    spacing = (recipe.preparation.spacing or (1.0, 1.0, 1.0))[: len(patch)]
+    kernels, strides = models.plan_kernels_and_strides(patch, spacing, num_stages)
+    network = getattr(models, name)(*channels, kernels=kernels, strides=strides, **options)
     return network
 
 
@@ -87,17 +166,22 @@ def plan_memory(recipe: Recipe, in_channels: int, out_channels: int, device: tor
         The memory: the recipe's, or where that is ``auto`` the fastest that fits.
 
     Raises:
-        MedmomError: The memory does not suit the precision, none fits, or there is no limit to fit into.
+        MedmomError: The memory does not suit the precision, none fits, there is no limit to fit into, or the loss is
+            one for another job.
     """
+    _check_loss(recipe)
     precision = training_precision(recipe.training, device)
     with torch.device("meta"):
         network: Any = build_network(recipe, in_channels, out_channels)
-    chosen = recipe.model.memory or network.memory
+    # A network that has no choice keeps everything.
+    every = MEMORIES if hasattr(network, "memory") else ("plain",)
+    own: str = getattr(network, "memory", "plain")
+    chosen: str = recipe.model.memory or own
     limit = _limit(recipe, device) if chosen == "auto" else None
     is_told = logger.isEnabledFor(logging.INFO)
-    memories = MEMORIES if is_told or chosen == "auto" else (chosen,)
-    cost = _measure(recipe, network, precision, (in_channels, out_channels), memories)
-    beside = cost.parameter_bytes * (2 + _optimizer_share(recipe))
+    memories = every if is_told or chosen == "auto" else (chosen,)
+    cost = measure_step(recipe, network, (in_channels, out_channels), precision=precision, memories=memories)
+    beside = cost.parameter_bytes * (2 + optimizer_share(recipe))
     if limit is not None:
         try:
             chosen = choose_memory(cost, limit, beside=beside)
@@ -106,11 +190,7 @@ def plan_memory(recipe: Recipe, in_channels: int, out_channels: int, device: tor
     if chosen in cost.refused:
         raise MedmomError(f"model.memory {chosen}, training.precision {precision}: {cost.refused[chosen]}")
     if is_told:
-        head = (
-            f"{recipe.model.preset}: {_spaced(cost.num_parameters)} parameters, {cost.flops / 1e9:.1f} GFLOP a patch."
-        )
-        step = f"Planned for a step of {recipe.data.batch_size} patches in {precision}, GiB:"
-        logger.info("%s", "\n".join([head, step, *_rows(cost, beside, chosen)]))
+        logger.info("%s", describe_step(recipe, cost, beside, precision=precision, chosen=chosen))
     return chosen
 
 
@@ -125,62 +205,16 @@ def _limit(recipe: Recipe, device: torch.device) -> float:
     return FREE_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
-def _measure(
-    recipe: Recipe, network: nn.Module, precision: str, channels: tuple[int, int], memories: Sequence[str]
-) -> Cost:
-    """Plans a step with the recipe's loss, or, where that needs real values, without it."""
-    name, _, kind = precision.partition("-")
-    batch = (recipe.data.batch_size, channels[0], *recipe.data.patch)
-    loss = copy.deepcopy(recipe.loss).to("meta")
-
-    def of_batch(outputs: Any) -> Tensor:
-        label = torch.empty(batch[0], 1, *batch[2:], dtype=torch.uint8, device="meta")
-        annotated = torch.empty(batch[0], channels[1], dtype=torch.bool, device="meta")
-        value: Tensor = loss(outputs, label, annotated)
-        return value
-
-    measure = partial(
-        measure_cost,
-        network.to(torch.float32 if kind == "mixed" else DTYPES[name]),
-        batch,
-        mixed=DTYPES[name] if kind == "mixed" else None,
-        memories=memories,
-    )
+def _check_loss(recipe: Recipe) -> None:
+    """Refuses a loss that is called with other things than those that the job has."""
+    given, fitting = {
+        "segmentation": (("outputs", "label", "annotated"), "medmom.tasks.losses.DiceCrossEntropy"),
+        "classification": (("logits", "target"), "medmom.tasks.class_losses.ClassificationLoss"),
+    }[job_of(recipe)]
     try:
-        return measure(loss=of_batch)
-    except Exception as error:  # a loss may come from anywhere, and want to see values
-        logger.info("%s is left out of the plan (%s).", type(loss).__name__, " ".join(str(error).split())[:100])
-        return measure()
-
-
-def _optimizer_share(recipe: Recipe) -> float:
-    """Bytes that the optimizer keeps for each byte of a weight, found on a small one."""
-    weight = nn.Parameter(torch.zeros(64, 64))
-    optimizer: Any = recipe.optimizer([weight])
-
-    def closure() -> Tensor:
-        weight.grad = torch.ones_like(weight)
-        return weight.detach().sum()
-
-    try:
-        optimizer.step(closure)
-    except RuntimeError as error:
-        raise MedmomError(f"optimizer {type(optimizer).__name__}: {error}; choose another.") from None
-    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in kept) / weight.nbytes
-
-
-def _rows(cost: Cost, beside: float, chosen: str) -> Iterator[str]:
-    yield f"  {'weights, gradients, optimizer':32}{beside / GIB:9.3f}"
-    plain = cost.activations["plain"].peak
-    for memory in MEMORIES:
-        text = f"  activations, memory {memory:12}"
-        if memory in cost.refused:
-            yield f"{text}        -         {cost.refused[memory]}"
-        else:
-            peak = cost.activations[memory].peak
-            yield f"{text}{peak / GIB:9.3f}{peak / plain:7.0%}{'  chosen' if memory == chosen else ''}"
-
-
-def _spaced(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
+        inspect.signature(recipe.loss.forward).bind(*given)
+    except TypeError:
+        raise MedmomError(
+            f"loss {type(recipe.loss).__name__}: is not called with {' and '.join(given)}, as {recipe.model.preset} "
+            f"needs; take {fitting}."
+        ) from None

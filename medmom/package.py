@@ -1,33 +1,30 @@
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-import os
+import math
 import platform
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
 
 from medmom import __version__, models
+from medmom.classes import Classes
 from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
+from medmom.inference.novelty import Novelty
 from medmom.labels import Labels
+from medmom.package_files import DESCRIPTION, MEND, SCHEMA, WEIGHTS, read_description, read_weights, write_files
 
-SCHEMA = 1
-"""Number of the layout of ``model.json``; raise it when a field changes its meaning."""
+CLASSIFIERS = ("MomentumResNet", "SliceClassifier")
+"""Networks of ``medmom.models`` that give one answer for a whole image."""
 
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
-
-MEND = "Copy it again from its source, or write it anew with medmom train."
+NOVELTY = "novelty."
+"""Begin of the names of tensors that lie beside the network's weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,35 +32,67 @@ class Package:
     """A trained network with all that predict needs to know.
 
     Attributes:
+        folder: Where it was read from.
         network: In evaluation mode, on the CPU.
-        labels: Classes by output channel.
+        table: Classes by output channel: of voxels, or of whole images.
         preparation: How a case is brought to the working grid; fitted.
-        patch: Voxels of a window along each axis of the working grid.
+        patch: Voxels of a window, or of the image that is classified, along each axis of the working grid.
         channels: Names of the image channels, in order.
         recipe: The recipe that the network was trained with, plain types.
         versions: Version of medmom, python and the packages that mattered, by name.
         checksum: sha256 over the description, which holds that of the weights.
+        temperature: By which a classifier's logits are divided before they become probabilities.
+        novelty: What a classifier's training images look like; None: not known.
+        slices: How many slices of a volume a classifier looks at; None: it looks at the whole image.
     """
 
+    folder: Path
     network: nn.Module
-    labels: Labels
+    table: Labels | Classes
     preparation: Preparation
     patch: tuple[int, ...]
     channels: tuple[str, ...]
     recipe: dict[str, Any]
     versions: dict[str, str]
     checksum: str
+    temperature: float = 1.0
+    novelty: Novelty | None = None
+    slices: int | None = None
+
+    @property
+    def labels(self) -> Labels:
+        """Classes of voxels; MedmomError where the network classifies whole images."""
+        if isinstance(self.table, Labels):
+            return self.table
+        raise MedmomError(
+            f"{self.folder}: the model classifies whole images ({_few(self.table.names)}) and draws no label maps. "
+            "Name a table: medmom predict MODEL SCANS --out classes.csv."
+        )
+
+    @property
+    def classes(self) -> Classes:
+        """Classes of whole images; MedmomError where the network draws label maps."""
+        if isinstance(self.table, Classes):
+            return self.table
+        raise MedmomError(
+            f"{self.folder}: the model draws label maps ({_few(self.table.foreground)}) and does not classify images. "
+            "Name a folder: medmom predict MODEL SCANS --out FOLDER."
+        )
 
 
 def save_package(
     folder: str | Path,
     network: nn.Module,
     *,
-    labels: Labels,
+    labels: Labels | None = None,
+    classes: Classes | None = None,
     preparation: Preparation,
     patch: Sequence[int],
     channels: Sequence[str],
     recipe: Mapping[str, Any],
+    temperature: float = 1.0,
+    novelty: Novelty | None = None,
+    slices: int | None = None,
 ) -> None:
     """Writes a model package: ``model.safetensors`` and ``model.json``, both or none.
 
@@ -73,41 +102,50 @@ def save_package(
     Args:
         folder: Where the package is to lie.
         network: An instance of a class in ``medmom.models`` with an attribute ``arguments`` that rebuilds it.
-        labels: Classes by output channel.
+        labels: Classes by output channel, of a network that draws label maps.
+        classes: The same of one that classifies whole images; either this or ``labels``.
         preparation: Fitted.
-        patch: Voxels of a window along each axis.
+        patch: Voxels of a window along each axis, two or three.
         channels: Names of the image channels, in order.
         recipe: Plain types; paths become text.
+        temperature: Of a classifier, above 0.
+        novelty: Of a classifier; None: not known.
+        slices: Of a classifier of volumes that looks at slices.
 
     Raises:
         MedmomError: The folder cannot be written, or holds something else than a package.
-        ValueError: The network cannot be rebuilt by its name or has another number of channels, or a number in the
-            recipe is nan or infinite.
+        ValueError: The network cannot be rebuilt by its name, has another number of channels or does not do what the
+            table says, or a number is nan, infinite or out of its range.
     """
-    folder = Path(folder)
     name = type(network).__name__
     if name not in models.__all__ or getattr(models, name) is not type(network):
         raise ValueError(f"{name} is not a network of medmom.models")
-    _check_fit(network, labels, channels)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    table = classes if labels is None else labels
+    if table is None or None not in (labels, classes):
+        raise ValueError("a package has either labels or classes")
+    _check_fit(network, table, channels, novelty)
+    tensors = dict(network.state_dict())
     description = {
         "schema": SCHEMA,
         "network": {"name": name, "arguments": network.arguments},
-        "labels": labels.as_dict(),
         "preparation": asdict(preparation),
         "patch": list(patch),
         "spatial_dims": len(patch),
         "channels": list(channels),
         "recipe": dict(recipe),
         "versions": software_versions(),
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
-    # Numbers as keys become text here, before keys are sorted: reading must find the same order.
-    description = json.loads(json.dumps(description, default=_plain))
-    _replace_folder(
-        folder, {WEIGHTS: weights, DESCRIPTION: _canonical({**description, "sha256": _digest(description)})}
-    )
+    if isinstance(table, Labels):
+        description["labels"] = table.as_dict()
+    else:
+        description["classes"] = table.as_dict()
+        description["temperature"] = _checked_temperature(temperature)
+        description["slices"] = slices
+        description["novelty"] = None if novelty is None else novelty.as_dict()
+        extra = {} if novelty is None else novelty.tensors()
+        tensors.update({f"{NOVELTY}{key}": tensor for key, tensor in extra.items()})
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write_files(Path(folder), description, safetensors.torch.save(plain, metadata={"format": "pt"}))
 
 
 def load_package(path: str | Path) -> Package:
@@ -127,31 +165,28 @@ def load_package(path: str | Path) -> Package:
             network.
     """
     folder = _find(Path(path))
-    description = _read_description(folder / DESCRIPTION)
-    content = _read(folder / WEIGHTS)
-    if hashlib.sha256(content).hexdigest() != description.get("weights_sha256"):
-        raise MedmomError(f"{folder / WEIGHTS}: the weights do not match their checksum in {DESCRIPTION}. {MEND}")
+    description = read_description(folder / DESCRIPTION)
+    content = read_weights(folder / WEIGHTS, description.get("weights_sha256"))
     try:
-        labels = Labels.from_dict(description["labels"])
-        channels = tuple(str(name) for name in description["channels"])
-        network = _build(description["network"], safetensors.torch.load(content))
-        _check_fit(network, labels, channels)
-        return Package(
-            network=network,
-            labels=labels,
-            preparation=_preparation(description["preparation"]),
-            patch=tuple(int(n) for n in description["patch"]),
-            channels=channels,
-            recipe=dict(description["recipe"]),
-            versions=dict(description["versions"]),
-            checksum=str(description["sha256"]),
-        )
+        return _package(folder, description, safetensors.torch.load(content))
     except KeyError as error:
         raise MedmomError(f"{folder / DESCRIPTION}: the field {error} is missing. {MEND}") from error
-    except (TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, MedmomError, safetensors.SafetensorError) as error:
         # The message of a strict load has a line for each tensor; the first two say enough.
         fact = " ".join(" ".join(str(error).split("\n")[:2]).split())
         raise MedmomError(f"{folder}: the package does not fit together ({fact}). {MEND}") from error
+
+
+def is_classifier(path: str | Path) -> bool:
+    """Whether a model classifies whole images rather than draws label maps, from its description alone.
+
+    Args:
+        path: As for ``load_package``.
+
+    Raises:
+        MedmomError: There is no package, its description was changed, or this medmom does not know its layout.
+    """
+    return "classes" in read_description(_find(Path(path)) / DESCRIPTION)
 
 
 def package_folder(path: str | Path) -> Path | None:
@@ -159,6 +194,12 @@ def package_folder(path: str | Path) -> Path | None:
     path = Path(path)
     places = (path / "model", path, path.parent) if path.name in (WEIGHTS, DESCRIPTION) else (path / "model", path)
     return next((place for place in places if (place / DESCRIPTION).is_file()), None)
+
+
+def software_versions() -> dict[str, str]:
+    """Gives the versions of medmom, python and the packages that results depend on, by name."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "monai", "numpy", "safetensors")}
+    return {"medmom": __version__, "python": platform.python_version(), **packages}
 
 
 def _find(path: Path) -> Path:
@@ -179,53 +220,30 @@ def _find(path: Path) -> Path:
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise MedmomError(f"{path}: cannot be read ({error.strerror}). {MEND}") from error
-
-
-def _read_description(path: Path) -> dict[str, Any]:
-    """Reads the description and refuses one that differs from what was written in any byte."""
-    content = _read(path)
-    try:
-        description = json.loads(content)
-        # A space more or 1.50 for 1.5 leave the meaning and its digest alone; the bytes are compared as well.
-        is_whole = _canonical(description) == content and _digest(description) == description["sha256"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        is_whole = False
-    if not is_whole:
-        raise MedmomError(f"{path}: the content does not match its own checksum; it was changed or damaged. {MEND}")
-    if description.get("schema") != SCHEMA:
-        raise MedmomError(
-            f"{path}: layout {description.get('schema')} of a model package; medmom {__version__} reads layout "
-            f"{SCHEMA}. Update medmom."
-        )
-    return dict(description)
-
-
-def _canonical(description: Mapping[str, Any]) -> bytes:
-    return (json.dumps(description, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _digest(description: Mapping[str, Any]) -> str:
-    """Sha256 of everything in the description but its own checksum."""
-    return hashlib.sha256(_canonical({k: v for k, v in description.items() if k != "sha256"})).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} is no plain type: {value!r}")
-
-
-def software_versions() -> dict[str, str]:
-    """Gives the versions of medmom, python and the packages that results depend on, by name."""
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "monai", "numpy", "safetensors")}
-    return {"medmom": __version__, "python": platform.python_version(), **packages}
+def _package(folder: Path, description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Package:
+    weights = {key: tensor for key, tensor in tensors.items() if not key.startswith(NOVELTY)}
+    extra = {key.removeprefix(NOVELTY): tensor for key, tensor in tensors.items() if key.startswith(NOVELTY)}
+    is_of_images = "classes" in description
+    table = Classes.from_dict(description["classes"]) if is_of_images else Labels.from_dict(description["labels"])
+    channels = tuple(str(name) for name in description["channels"])
+    network = _build(description["network"], weights)
+    numbers, slices = description.get("novelty"), description.get("slices")
+    novelty = None if numbers is None else Novelty.from_parts(numbers, extra)
+    _check_fit(network, table, channels, novelty)
+    return Package(
+        folder=folder,
+        network=network,
+        table=table,
+        preparation=_preparation(description["preparation"]),
+        patch=tuple(int(n) for n in description["patch"]),
+        channels=channels,
+        recipe=dict(description["recipe"]),
+        versions=dict(description["versions"]),
+        checksum=str(description["sha256"]),
+        temperature=_checked_temperature(description["temperature"]) if is_of_images else 1.0,
+        novelty=novelty,
+        slices=None if slices is None else int(slices),
+    )
 
 
 def _preparation(data: Mapping[str, Any]) -> Preparation:
@@ -248,36 +266,29 @@ def _build(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> nn.M
     return network.eval()
 
 
-def _check_fit(network: nn.Module, labels: Labels, channels: Sequence[str]) -> None:
+def _arguments(network: nn.Module) -> dict[str, Any]:
     arguments: Any = network.arguments
-    if arguments["in_channels"] != len(channels) or arguments["out_channels"] != labels.num_channels:
+    return dict(arguments)
+
+
+def _check_fit(network: nn.Module, table: Labels | Classes, channels: Sequence[str], novelty: Novelty | None) -> None:
+    name, arguments = type(network).__name__, _arguments(network)
+    if (name in CLASSIFIERS) != isinstance(table, Classes):
+        raise ValueError(f"a {name} for {'classes of images' if isinstance(table, Classes) else 'labels of voxels'}")
+    if arguments["in_channels"] != len(channels) or arguments["out_channels"] != table.num_channels:
         raise ValueError(
             f"a network from {arguments['in_channels']} to {arguments['out_channels']} channels, for {len(channels)} "
-            f"image channels and {labels.num_channels} labels"
+            f"image channels and {table.num_channels} {'classes' if isinstance(table, Classes) else 'labels'}"
         )
+    if novelty is not None and novelty.means.shape[1] != arguments["channels"][-1]:
+        raise ValueError(f"novelty of {novelty.means.shape[1]} features, the network has {arguments['channels'][-1]}")
 
 
-def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files beside ``folder`` and lets it take its place."""
-    folder = folder.absolute()
-    draft, old = (folder.parent / f".{kind}-{secrets.token_hex(4)}" for kind in ("draft", "old"))
-    try:
-        if folder.exists() and {path.name for path in folder.iterdir()} - {WEIGHTS, DESCRIPTION}:
-            raise MedmomError(f"{folder}: holds other files than a model package. Name another folder.")
-        draft.mkdir(parents=True)
-        for name, content in files.items():
-            with (draft / name).open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
-    except OSError as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise MedmomError(f"{folder}: cannot be written ({error.strerror}). Choose another place.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+def _checked_temperature(value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"a temperature of {value}")
+    return float(value)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -86,6 +86,7 @@ class ModelRecipe:
         deep_supervision: Whether lower resolutions of the decoder learn too.
         pooling: To classify volumes with a 2-D network: "mean" of the slices' logits, or by learned "attention".
         dropout: To classify: share of the pooled features that training sets to 0; null: the preset's own.
+        num_blocks: Residual blocks a decoder stage of transnetr and paper2d; null: one.
         init_from: Model package or checkpoint whose weights are taken where they fit.
     """
 
@@ -100,6 +101,7 @@ class ModelRecipe:
     deep_supervision: bool = True
     pooling: Literal["mean", "attention"] = "mean"
     dropout: float | None = None
+    num_blocks: int | None = None
     init_from: Path | None = None
 
     def __post_init__(self) -> None:
@@ -132,6 +134,8 @@ class TrainingRecipe:
         precision: Lightning's name; null: bf16-mixed on a GPU that has it, else 32-true.
         seed: Seed of weights, patches and augmentation.
         monitor: Whether to log what the optimizer does (such as the step size it chose) and the gradient's spectrum.
+        gate_ramp: Share of the run in which the gate rises from 0 to model.gate, for weights of a plain residual
+            network; null: the gate stays.
         mixup: To classify: how evenly two images are mixed, the parameter of a Beta distribution; 0: not at all.
     """
 
@@ -152,9 +156,16 @@ class TrainingRecipe:
     seed: int = 0
     monitor: bool = False
     mixup: float = 0.0
+    gate_ramp: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses numbers of which no training is made."""
+        if self.gate_ramp is not None and not 0 < self.gate_ramp <= 1:
+            raise MedmomError(f"training.gate_ramp {self.gate_ramp}: give a share above 0 and at most 1, or null.")
+        if self.gate_ramp is not None and self.keep == "best":
+            raise MedmomError(
+                "training.keep best: with gate_ramp the best weights may belong to another gate; keep last."
+            )
         counts = dict.fromkeys(("epochs", "steps_per_epoch", "validate_every", "picture_every", "accumulate"), 1)
         _refuse_below("training", self, {**counts, "warmup_steps": 0, "seed": 0, "mixup": 0})
         if self.seed >= 2**32:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medmom.classes import Classes
 from medmom.data.atomic import read_json, write_json, write_text
 from medmom.data.casefiles import CaseFiles
 from medmom.errors import MedmomError
@@ -21,7 +22,7 @@ class Run:
     Attributes:
         folder: Holds recipe.yaml, split.json, metrics.csv, last.ckpt, best.ckpt, pictures/, tensorboard/, model/.
         recipe: Complete: nothing in it is left to be measured.
-        labels: Class names and values.
+        table: Class names and values of voxels, or the classes of whole images.
         channels: Names of the image channels.
         train: Training cases.
         validation: Validation cases.
@@ -29,7 +30,7 @@ class Run:
 
     folder: Path
     recipe: RecipeFile
-    labels: Labels
+    table: Labels | Classes
     channels: tuple[str, ...]
     train: tuple[CaseFiles, ...]
     validation: tuple[CaseFiles, ...]
@@ -66,7 +67,7 @@ def write_run(run: Run) -> None:
             "fold": run.recipe.get("data.fold"),
             "folds": run.recipe.get("data.folds"),
             "seed": SPLIT_SEED,
-            "labels": run.labels.as_dict(),
+            "labels" if isinstance(run.table, Labels) else "classes": run.table.as_dict(),
             "channels": list(run.channels),
             "train": [_as_dict(case) for case in run.train],
             "validation": [_as_dict(case) for case in run.validation],
@@ -90,7 +91,7 @@ def read_run(folder: Path) -> Run:
         run = Run(
             folder,
             RecipeFile(folder / "recipe.yaml"),
-            Labels.from_dict(split["labels"]),
+            Labels.from_dict(split["labels"]) if "labels" in split else Classes.from_dict(split["classes"]),
             tuple(split["channels"]),
             tuple(_from_dict(case) for case in split["train"]),
             tuple(_from_dict(case) for case in split["validation"]),
@@ -105,7 +106,9 @@ def read_run(folder: Path) -> Run:
 
 
 def _as_dict(case: CaseFiles) -> dict[str, Any]:
+    optional = {"classes": None if case.classes is None else list(case.classes), "fold": case.fold, "item": case.item}
     return {
+        **{name: value for name, value in optional.items() if value is not None},
         "name": case.name,
         "images": [str(path.resolve()) for path in case.images],
         "label": None if case.label is None else str(case.label.resolve()),
@@ -121,4 +124,7 @@ def _from_dict(data: dict[str, Any]) -> CaseFiles:
         None if data["label"] is None else Path(data["label"]),
         data["group"],
         None if data["annotated"] is None else tuple(data["annotated"]),
+        None if data.get("classes") is None else tuple(data["classes"]),
+        data.get("fold"),
+        data.get("item"),
     )

@@ -19,6 +19,7 @@ from medmom.models.presets import (
     plan_kernels_and_strides,
 )
 from medmom.models.resnet import MomentumResNet
+from medmom.models.slices import SliceClassifier
 from medmom.models.transnetr import TransNetR
 from medmom.models.unet import MomentumUNet
 
@@ -28,6 +29,7 @@ __all__ = [
     "MomentumStage",
     "MomentumUNet",
     "Paper2D",
+    "SliceClassifier",
     "TransNetR",
     "cls2d_s",
     "cls2d_xs",

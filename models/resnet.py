@@ -12,7 +12,7 @@ from medmom.models.gates import Coupling, Gating
 from medmom.models.recompute import is_traced
 from medmom.models.sizes import check_image, check_stages, times
 
-__all__ = ["ClassificationHead", "MomentumResNet", "check_norm"]
+__all__ = ["ClassificationHead", "MomentumResNet", "check_batch", "check_norm"]
 
 
 class ClassificationHead(nn.Module):
@@ -161,12 +161,26 @@ class MomentumResNet(EncoderNetwork):
 
     def _check(self, image: Tensor) -> None:
         cells = check_image(image, self._shape["in_channels"], self.divisor)
-        if self.training and self._shape["norm"] == "batch" and image.shape[0] * prod(cells) == 1:
-            size = image.shape[2:]
-            raise ValueError(
-                f"A batch of one image of {times(size)} leaves one value a channel, which batch normalisation cannot "
-                f"train on; take two images or more, the next size {times([2 * edge for edge in size])}, or norm group."
-            )
+        if self.training and self._shape["norm"] == "batch":
+            check_batch(image.shape[0], image.shape[2:], cells)
+
+
+def check_batch(num_images: int, size: Sequence[int], cells: Sequence[int]) -> None:
+    """Refuses a batch that batch normalisation cannot train on.
+
+    Args:
+        num_images: In the batch.
+        size: Of each, by axis.
+        cells: Size of the last features, by axis.
+
+    Raises:
+        ValueError: There is one value a channel, whose normalised value is 0 whatever it is.
+    """
+    if num_images * prod(cells) == 1:
+        raise ValueError(
+            f"A batch of one image of {times(size)} leaves one value a channel, which batch normalisation cannot "
+            f"train on; take two images or more, the next size {times([2 * edge for edge in size])}, or norm group."
+        )
 
 
 def check_norm(norm: Norm) -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_run import rows, tiny_recipe
 
-from medmom import train as room
 from medmom.budget import MOST_EPOCHS, Pace, epochs_in, measure_pace
 from medmom.errors import MedmomError
+from medmom.jobs.segmentation import SegmentationJob
 from medmom.recipe_file import RecipeFile
-from medmom.train import train
+from medmom.train import _trainer_options, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:isinstance.*LeafSpec")
 
@@ -70,38 +70,36 @@ def test_no_time_for_a_step_is_said_with_the_pace(seconds: float) -> None:
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> room.Run:
+def started(tmp_path: Path) -> SegmentationJob:
     (tmp_path / "run").mkdir()
-    return room._start(
+    return SegmentationJob.start(
         tiny_recipe(tmp_path, epochs=3, steps_per_epoch=20), tmp_path / "run", torch.device("cpu"), quiet=True
     )
 
 
-def test_measuring_leaves_the_task_and_the_batches_as_they_are(started: room.Run) -> None:
+def test_measuring_leaves_the_task_and_the_batches_as_they_are(started: SegmentationJob) -> None:
     device = torch.device("cpu")
-    recipe = started.recipe.build()
-    training, validation = room._prepared(started, recipe, quiet=True)
-    task, data = room._task(started, recipe), room._data(recipe, training, validation, device)
+    recipe = started.run.recipe.build()
+    task, data = started.task(recipe), started.data(recipe, device)
     before = copy.deepcopy(task.state_dict())
     patch = data.patches[0, 11]["image"].clone()
-    pace = measure_pace(task, data, [10], **room._trainer_options(recipe.training, device))
+    pace = measure_pace(task, data, [10], **_trainer_options(recipe.training, device))
     assert pace.step_s > 0
     assert pace.validation_s > 0
     assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
     assert torch.equal(data.patches[0, 11]["image"], patch)
-    assert list(started.folder.iterdir()) == []
+    assert list(started.run.folder.iterdir()) == []
 
 
-def test_validation_time_is_scaled_to_all_cases(started: room.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_time_is_scaled_to_all_cases(started: SegmentationJob, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    recipe = started.recipe.build()
-    training, _ = room._prepared(started, recipe, quiet=True)
-    data = room._data(recipe, training, training, device)
+    recipe = started.run.recipe.build()
+    training, _ = started.prepared
+    started.prepared = (training, training)
+    data = started.data(recipe, device)
     times = iter(range(10**6))
     monkeypatch.setattr("medmom.budget.time.monotonic", lambda: float(next(times)))
-    pace = measure_pace(
-        room._task(started, recipe), data, [10, 10, 20, 40], **room._trainer_options(recipe.training, device)
-    )
+    pace = measure_pace(started.task(recipe), data, [10, 10, 20, 40], **_trainer_options(recipe.training, device))
     # A tick a reading: one a step, one from the start to the end of a validation of the first two cases.
     assert pace.step_s == 1
     assert pace.validation_s == 80 / 20
@@ -113,14 +111,13 @@ def test_epoch_that_is_too_short_for_a_warm_up_is_measured_too(
 ) -> None:
     (tmp_path / "run").mkdir()
     recipe_file = tiny_recipe(tmp_path, epochs=3, steps_per_epoch=1, accumulate=accumulate)
-    started = room._start(recipe_file, tmp_path / "run", torch.device("cpu"), quiet=True)
+    started = SegmentationJob.start(recipe_file, tmp_path / "run", torch.device("cpu"), quiet=True)
     device = torch.device("cpu")
-    recipe = started.recipe.build()
-    training, validation = room._prepared(started, recipe, quiet=True)
-    data = room._data(recipe, training, validation, device)
+    recipe = started.run.recipe.build()
+    data = started.data(recipe, device)
     times = iter(range(10**6))
     monkeypatch.setattr("medmom.budget.time.monotonic", lambda: 7.0 * next(times))
-    pace = measure_pace(room._task(started, recipe), data, [10], **room._trainer_options(recipe.training, device))
+    pace = measure_pace(started.task(recipe), data, [10], **_trainer_options(recipe.training, device))
     assert pace.step_s == 7 * accumulate
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_run import tiny_recipe
 
-from medmom import train as room
 from medmom.callbacks import AtomicCheckpoints, CurveFile, ValidationPicture
 from medmom.data.cache import PreparedCase
 from medmom.errors import MedmomError
+from medmom.jobs.segmentation import SegmentationJob
 from medmom.tasks.segmentation import SegmentationTask
 
 
@@ -107,10 +107,9 @@ def test_resumed_curve_goes_on_where_the_checkpoint_stands(resumed_at: int, kept
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedCase, SegmentationTask]:
     folder = tmp_path_factory.mktemp("shown")
-    started = room._start(tiny_recipe(folder), folder / "run", torch.device("cpu"), quiet=True)
-    recipe = started.recipe.build()
-    _, validation = room._prepared(started, recipe, quiet=True)
-    return validation[0], room._task(started, recipe).eval()
+    job = SegmentationJob.start(tiny_recipe(folder), folder / "run", torch.device("cpu"), quiet=True)
+    _, validation = job.prepared
+    return validation[0], job.task(job.run.recipe.build()).eval()
 
 
 def test_picture_is_drawn_every_few_validations_and_at_the_last(

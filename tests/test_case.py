@@ -245,7 +245,7 @@ def test_dataset_that_cannot_be_understood_is_refused(tmp_path: Path, dataset: o
     ("files", "dataset", "text"),
     [
         ([], PLAIN, "neither imagesTr, images"),
-        (["images/a.png"], PLAIN, "no NIfTI file, but a.png for example"),
+        (["images/a.dcm"], PLAIN, "no NIfTI file and no picture, but a.dcm for example"),
         (["images/a.nii", "images/a.nii.gz"], PLAIN, "a.nii beside it has the same case name"),
         ([], {**MSD, "training": []}, "no case is listed"),
         ([], {**MSD, "training": [{"label": "x"}]}, "names no image"),

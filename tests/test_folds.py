@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from medmom.data.case import CaseFiles, Split, check_leakage, find_cases, split_cases
+from medmom.data.folds import leave_out, named_split
 from medmom.errors import MedmomError
 
 
@@ -114,3 +116,32 @@ def test_pairs_of_real_subjects_stay_together(shared_data: Path) -> None:
         sizes.append(len(split.validation))
     assert sum(sizes) == 194
     assert max(sizes) - min(sizes) <= 2
+
+
+def named(*names: str) -> list[CaseFiles]:
+    return [CaseFiles(name, (), None, name.split("_")[0]) for name in names]
+
+
+def test_named_cases_validate_and_the_others_train() -> None:
+    split = named_split(named("a_1", "b_1", "b_2", "c_1"), ["b_*"])
+    assert (split.train, split.validation) == (("a_1", "c_1"), ("b_1", "b_2"))
+
+
+@pytest.mark.parametrize(
+    "patterns, text",
+    [
+        (["d_*"], "'d_*' is the name of no case, such as a_1"),
+        (["*"], "names all 4 cases"),
+        (["b_1"], "the case b_2 of b would be trained on"),
+    ],
+)
+def test_names_that_make_no_split_are_refused(patterns: list[str], text: str) -> None:
+    with pytest.raises(MedmomError, match=re.escape(text)):
+        named_split(named("a_1", "b_1", "b_2", "c_1"), patterns)
+
+
+def test_cases_are_left_out_by_name() -> None:
+    assert [case.name for case in leave_out(named("a_1", "a_12", "b_1"), ["a_[0-9]"])] == ["a_12", "b_1"]
+    assert len(leave_out(named("a_1"), [])) == 1
+    with pytest.raises(MedmomError, match="is the name of no case"):
+        leave_out(named("a_1"), ["x"])

@@ -67,6 +67,18 @@ def test_loss_equals_its_definition(batch_dice: bool, partial: bool, classes: in
     assert loss.item() == pytest.approx(naive(logits, label, annotated, batch_dice=batch_dice).item(), rel=1e-5)
 
 
+def test_two_classes_with_smooth_one_are_one_logit_with_a_sigmoid() -> None:
+    logits, label, annotated = random_batch(classes=2)
+    label = torch.where(label == IGNORE, 0, label)
+    target, difference = label[:, 0].double(), (logits[:, 1] - logits[:, 0]).double()
+    p = difference.sigmoid()
+    dice = 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(difference, target) + dice
+    assert DiceCrossEntropy(smooth=1.0)(logits, label, annotated).item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert torch.equal(logits.argmax(dim=1) == 1, p > 0.5)
+    assert DiceCrossEntropy()(logits, label, annotated).item() != pytest.approx(wanted.item(), rel=1e-6)
+
+
 def test_batch_dice_differs_from_dice_of_each_patch() -> None:
     batch = random_batch()
     assert DiceCrossEntropy()(*batch).item() != pytest.approx(DiceCrossEntropy(batch_dice=False)(*batch).item())

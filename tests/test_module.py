@@ -283,3 +283,22 @@ def test_preparation_as_a_transform_takes_an_image_alone(tmp_path: Path) -> None
 def test_the_cpu_loads_patches_itself() -> None:
     assert default_workers("cpu") == 0
     assert 1 <= default_workers("cuda") <= 12
+
+
+def test_patch_of_two_edges_is_a_piece_of_one_slice(cases: list[PreparedCase]) -> None:
+    data = dataset(cases, patch=(8, 6))
+    sample = data[0, 5]
+    assert sample["image"].shape == sample["label"].shape == (1, 8, 6)
+    case, _, _ = cases[0].open()
+    windows = np.lib.stride_tricks.sliding_window_view(case.image[0], (8, 6), axis=(0, 1))
+    assert (windows == sample["image"][0].numpy()).all(axis=(-2, -1)).any()
+
+
+def test_slices_of_the_foreground_are_drawn_more_often(cases: list[PreparedCase]) -> None:
+    case, _, _ = cases[0].open()
+    assert case.label is not None
+    holds = np.isin(case.label, (1, 2)).any(axis=(0, 1)).mean()
+    data = dataset(cases, patch=case.image.shape[1:3])
+    drawn = np.mean([bool(np.isin(data[0, seed]["label"].numpy(), (1, 2)).any()) for seed in range(60)])
+    # A third of the draws is centred on the foreground, the others fall where they may.
+    assert drawn > holds + 0.5 * (1 - holds) / 3

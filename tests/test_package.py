@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 from tiny import LABELS, MRI, save_tiny, tiny_network
 
-from medmom import models, package
+from medmom import models, package_files
+from medmom.classes import Classes
 from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
-from medmom.package import load_package, save_package
+from medmom.inference.novelty import Novelty
+from medmom.package import is_classifier, load_package, save_package
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,130 @@ def test_package_gives_back_what_was_saved(tmp_path: Path) -> None:
     assert loaded.recipe == {"data": {"folder": "a/ü", "lr": 0.5, "10": "ten", "9": "nine"}}
     assert {"medmom", "torch", "monai", "numpy", "python"} <= loaded.versions.keys()
     assert loaded.versions["torch"] == torch.__version__
+
+
+CLASSES = Classes(("liver", "lung, left", "ä"))
+UNIT = Preparation(None, "unit", size=(16, 16), plane="coronal", colour="grey")
+
+
+def tiny_classifier(out_channels: int = 3, kind: str = "MomentumResNet", **options: Any) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plan = {"channels": (4, 6), "blocks": (1, 2), "kernels": [[3, 3]] * 2, "strides": [[1, 1], [2, 2]]}
+        network: torch.nn.Module = getattr(models, kind)(1, out_channels, **plan, **options)
+        return network.eval()
+
+
+def tiny_novelty(width: int = 6) -> Novelty:
+    rng = np.random.default_rng(0)
+    means, whitening = (rng.normal(size=(rows, width)).astype(np.float32) for rows in (3, width))
+    return Novelty(means, whitening, 1 / 3, tuple((k - 0.1, k + np.pi) for k in range(6)), 0.7)
+
+
+def save_classifier(folder: Path, network: torch.nn.Module | None = None, **changes: Any) -> Path:
+    told = {"classes": CLASSES, "temperature": 1.7, "novelty": tiny_novelty(), "slices": None, **changes}
+    network = network or tiny_classifier()
+    save_package(folder, network, preparation=UNIT, patch=(16, 16), channels=("grey",), recipe={}, **told)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "slices"), [("MomentumResNet", None), ("SliceClassifier", 9)])
+@pytest.mark.parametrize("has_novelty", [True, False])
+def test_classifier_survives_the_package(kind: str, slices: int | None, has_novelty: bool, tmp_path: Path) -> None:
+    network = tiny_classifier(kind=kind, **({"pooling": "attention"} if slices else {}))
+    novelty = tiny_novelty() if has_novelty else None
+    folder = save_classifier(tmp_path / "model", network, novelty=novelty, slices=slices)
+    loaded = load_package(folder)
+    image = torch.randn(1, 1, 16, 16, *([5] if slices else []), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.network(image), network(image), rtol=0, atol=0)
+    assert (loaded.classes, loaded.temperature, loaded.slices) == (CLASSES, 1.7, slices)
+    assert (loaded.preparation, loaded.patch, loaded.folder) == (UNIT, (16, 16), folder)
+    assert loaded.network.state_dict().keys() == network.state_dict().keys()
+    assert (loaded.novelty is not None) == has_novelty
+    if loaded.novelty is not None and novelty is not None:
+        assert loaded.novelty.as_dict() == novelty.as_dict()
+        np.testing.assert_array_equal(loaded.novelty.means, novelty.means)
+        np.testing.assert_array_equal(loaded.novelty.whitening, novelty.whitening)
+
+
+def test_classes_of_several_at_once_stay_so(tmp_path: Path) -> None:
+    classes = Classes(("one",), is_multilabel=True)
+    folder = save_classifier(tmp_path / "model", tiny_classifier(1), classes=classes)
+    assert load_package(folder).classes == classes
+
+
+def test_every_changed_byte_of_a_classifier_is_refused(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "model")
+    for name, step in (("model.json", 7), ("model.safetensors", 997)):
+        content = (folder / name).read_bytes()
+        for position in range(0, len(content), step):
+            changed = bytearray(content)
+            changed[position] ^= 1 << position % 8
+            (folder / name).write_bytes(changed)
+            with pytest.raises(MedmomError, match="checksum"):
+                load_package(folder)
+        (folder / name).write_bytes(content)
+
+
+def test_each_kind_of_package_names_the_command_of_the_other(sound: Path, tmp_path: Path) -> None:
+    classifier = save_classifier(tmp_path / "model")
+    assert (is_classifier(sound.parent), is_classifier(classifier)) == (False, True)
+    with pytest.raises(MedmomError, match=r"model: the model classifies whole images \(liver, .*--out classes\.csv"):
+        _ = load_package(classifier).labels
+    with pytest.raises(MedmomError, match=r"model: the model draws label maps \(head, body\).*--out FOLDER"):
+        _ = load_package(sound).classes
+
+
+def test_network_must_do_what_the_table_says(tmp_path: Path, copy: Path) -> None:
+    with pytest.raises(ValueError, match="a MomentumUNet for classes of images"):
+        save_classifier(tmp_path / "other", models.mom2d_xs(1, 3), novelty=None)
+    with pytest.raises(ValueError, match="a MomentumResNet for labels of voxels"):
+        save_tiny(tmp_path / "other", network=tiny_classifier())  # type: ignore[arg-type]
+    for tables in ({}, {"labels": LABELS}):
+        with pytest.raises(ValueError, match="either labels or classes"):
+            save_classifier(tmp_path / "other", **{"classes": CLASSES if tables else None, **tables})
+    rewrite(copy, classes=CLASSES.as_dict(), temperature=1.0)
+    with pytest.raises(MedmomError, match=r"does not fit together .*a MomentumUNet for classes of images"):
+        load_package(copy)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"temperature": 0.0}, "a temperature of 0.0"),
+        ({"temperature": float("nan")}, "a temperature of nan"),
+        ({"novelty": tiny_novelty(5)}, "novelty of 5 features, the network has 6"),
+        ({"classes": Classes(("a", "b"))}, "for 1 image channels and 2 classes"),
+    ],
+)
+def test_classifier_that_does_not_fit_is_not_written(change: dict[str, Any], fact: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=fact):
+        save_classifier(tmp_path / "model", **change)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": -1}, {"temperature": None}, {"novelty": {}}, {"novelty": 3}, {"slices": "all"}, {"classes": None}],
+)
+def test_malformed_classifier_is_refused_in_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "model")
+    rewrite(folder, **change)
+    with pytest.raises(MedmomError, match=r"does not fit together|is missing") as caught:
+        load_package(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_package_for_label_maps_has_the_fields_it_always_had(sound: Path, copy: Path) -> None:
+    description = json.loads((sound / "model.json").read_text())
+    written = {"channels", "labels", "network", "patch", "preparation", "recipe", "schema", "sha256"}
+    assert description.keys() == written | {"spatial_dims", "versions", "weights_sha256"}
+    # Before pictures there was no size, plane or colour.
+    old = {key: description["preparation"][key] for key in ("spacing", "intensity", "clip", "mean", "std")}
+    rewrite(copy, preparation=old)
+    assert load_package(copy).preparation == MRI
 
 
 @pytest.mark.parametrize("preset", ["mom2d_xs", "mom3d_xs"])
@@ -218,7 +344,7 @@ def test_failed_write_leaves_the_older_package(copy: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(package.os, "fsync", full)
+    monkeypatch.setattr(package_files.os, "fsync", full)
     with pytest.raises(MedmomError, match=r"cannot be written \(No space left on device\)"):
         save_tiny(copy, network=tiny_network(seed=1))
     assert load_package(copy).checksum == before

@@ -84,6 +84,19 @@ def test_small_and_thin_images_are_predicted(shape: tuple[int, ...], model: Path
     assert nib.load(tmp_path / "seg.nii.gz").shape == shape
 
 
+def test_windows_of_two_edges_run_slice_by_slice() -> None:
+    image, seen = torch.randn(1, 2, 12, 8, 5), []
+
+    def network(window: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(window.shape))
+        return window.cumsum(dim=2)
+
+    found = sliding_window((12, 8))(image, network)
+    torch.testing.assert_close(found, image.cumsum(dim=2))
+    assert seen == [(1, 2, 12, 8)] * num_windows(image.shape[2:], (12, 8))
+    assert num_windows((30, 8, 5), (12, 8)) == 5 * num_windows((30, 8, 1), (12, 8)) == 5 * 4
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(3, 4, 5), (8, 8, 8), (9, 16, 30)])
 def test_windows_are_counted_as_they_are_run(shape: tuple[int, ...], overlap: float) -> None:
@@ -384,7 +397,7 @@ def test_two_inputs_of_one_name_are_both_named(files: list[str], num_channels: i
 
 def test_folder_without_images_says_where_there_are_some(tmp_path: Path) -> None:
     touch(tmp_path, "imagesTs/a.nii.gz", "series/1.dcm")
-    with pytest.raises(MedmomError, match=r"no NIfTI image in this folder\. Give .*imagesTs"):
+    with pytest.raises(MedmomError, match=r"no NIfTI image and no picture in this folder\. Give .*imagesTs"):
         find_inputs([tmp_path], 1)
     with pytest.raises(MedmomError, match="DICOM"):
         find_inputs([tmp_path / "series"], 1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,3 +256,57 @@ def test_logits_of_all_classes_never_exist_on_the_own_grid() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 2 * 4 * np.prod(own.shape)
+
+
+# A size instead of a spacing, other planes, pictures
+
+
+@pytest.mark.parametrize("size, shape", [((5, 7), (5, 7, 12)), ((5, 7, 3), (5, 7, 3)), ((11, 9), (11, 9, 12))])
+def test_working_grid_of_a_size_keeps_centre_and_extent(size: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    own = Geometry((11, 9, 12), np.diag([1.0, 2.0, 3.0, 1.0]))
+    grid = working_geometry(Preparation(None, "zscore", size=size), own)
+    assert grid.shape == shape
+    np.testing.assert_allclose(np.multiply(grid.spacing, grid.shape), np.multiply(own.spacing, own.shape))
+    np.testing.assert_allclose(grid.corners().mean(axis=0), own.corners().mean(axis=0))
+
+
+def test_volume_of_a_size_is_put_together_again_on_its_own_grid() -> None:
+    own = oblique_grid(3)
+    grid = working_geometry(Preparation(None, "zscore", size=(20, 16)), own)
+    label = blobs(own.shape, 3, seed=1)
+    scores = np.stack([label == k for k in range(3)]).astype(np.float32)
+    back = restore(resample(scores, own, grid, order=1), grid, own)
+    assert back.shape == own.shape
+    assert (back == label).mean() > 0.9
+
+
+@pytest.mark.parametrize("plane, axis", [("axial", 2), ("coronal", 1), ("sagittal", 0)])
+def test_third_axis_counts_the_slices_of_the_plane(plane: Any, axis: int) -> None:
+    own = Geometry((11, 9, 12), np.diag([-1.0, 2.0, -3.0, 1.0]))
+    grid = working_geometry(Preparation(None, "zscore", plane=plane), own)
+    direction = grid.affine[:3, 2]
+    assert np.flatnonzero(direction).tolist() == [axis]
+    assert direction[axis] > 0
+    image = np.random.default_rng(0).normal(size=(1, *own.shape))
+    prepared = prepare(case_of(image, own), Preparation(None, "unit", plane=plane))
+    # The same voxel, found by where it lies.
+    index = np.rint(np.linalg.solve(grid.affine, own.affine @ [3, 4, 5, 1])[:3]).astype(int)
+    np.testing.assert_allclose(prepared.image[0][tuple(index)] * 255, image[0, 3, 4, 5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("colour, found, expected", [("grey", 3, 1), ("rgb", 1, 3), ("own", 3, 3), ("rgb", 4, 4)])
+def test_pictures_get_the_channels_of_the_recipe(colour: Any, found: int, expected: int) -> None:
+    geometry = Geometry((4, 3, 1), np.eye(4))
+    image = np.random.default_rng(0).uniform(0, 255, size=(found, 4, 3, 1))
+    prepared = prepare(case_of(image, geometry), Preparation(None, "unit", colour=colour)).image
+    assert prepared.shape == (expected, 4, 3, 1)
+    assert 0 <= prepared.min() <= prepared.max() <= 1
+    if (colour, found) == ("grey", 3):
+        np.testing.assert_allclose(prepared[0] * 255, 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2], rtol=1e-5)
+    if (colour, found) == ("rgb", 1):
+        assert all(np.array_equal(channel, prepared[0]) for channel in prepared)
+
+
+def test_size_and_spacing_exclude_each_other() -> None:
+    with pytest.raises(MedmomError, match="one follows from the other"):
+        Preparation((1.0, 1.0, 1.0), "zscore", size=(32, 32))

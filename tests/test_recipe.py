@@ -229,7 +229,7 @@ def test_a_word_too_many_is_refused() -> None:
         ("training.epochs", "many", "Expected a whole number. Got value: many"),
         ("training.epochs", "2.5", "Expected a whole number. Got value: 2.5"),
         ("training.max_minutes", "long", "Expected a number or null. Got value: long"),
-        ("data.patch", "[1, 2]", "Expected a tuple with 3 elements"),
+        ("data.patch", "[1, two]", "Expected a whole number"),
         ("data.patch", "48", "Expected a list. Got value: 48"),
         ("data.mirror", "[3]", r"Expected one of [0, 1, 2]. Got value: 3"),
         ("data.augment", "perhaps", "data.augment"),
@@ -239,7 +239,7 @@ def test_a_word_too_many_is_refused() -> None:
         ("model.memory_limit", "much", "Expected a number or null. Got value: much"),
         ("training.schedule", "linear", "Expected one of ['polynomial', 'cosine', 'warmup_stable_decay', 'constant']"),
         ("training.precision", "fp8", "training.precision"),
-        ("preparation.intensity", "us", "Expected one of ['ct', 'zscore']"),
+        ("preparation.intensity", "us", "Expected one of ['ct', 'zscore', 'unit']"),
         ("loss.dice_weight", "two", 'key "dice_weight": Expected a number. Got value: two'),
     ],
 )

@@ -18,8 +18,8 @@ from tiny_run import PATCH, rows, tiny_recipe, write_recipe, write_scans
 from torch import nn
 
 from medmom import models, optim
-from medmom import train as room
 from medmom.errors import MedmomError
+from medmom.jobs.segmentation import SegmentationJob
 from medmom.monitor import OptimizerMonitor
 from medmom.network import build_network
 from medmom.optimizer import make_optimizer
@@ -236,10 +236,10 @@ def test_frozen_parts_stay_as_they_were(memory: str, tmp_path: Path) -> None:
 
 
 def test_frozen_parts_ask_for_no_gradients(tmp_path: Path) -> None:
-    started = room._start(
+    job = SegmentationJob.start(
         tiny_recipe(tmp_path, "--training.frozen", "[decoder]"), tmp_path / "run", torch.device("cpu"), quiet=True
     )
-    task = room._task(started, started.recipe.build())
+    task = job.task(job.run.recipe.build())
     for name, parameter in task.network.named_parameters():
         assert parameter.requires_grad != name.startswith("decoder."), name
 
@@ -253,7 +253,7 @@ def test_groups_are_made_before_the_time_is_planned(tmp_path: Path) -> None:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """The monitor reads at every second step, so that short runs have readings."""
-    monkeypatch.setattr(room, "OptimizerMonitor", partial(OptimizerMonitor, every=2))
+    monkeypatch.setattr("medmom.train.OptimizerMonitor", partial(OptimizerMonitor, every=2))
 
 
 @pytest.mark.usefixtures("often")

@@ -87,7 +87,7 @@ def find_cases(folder: str | Path, *, group: str | None = None) -> CaseFolder:
         tuple(cases),
         layout.dataset.labels,
         layout.dataset.channels,
-        (*_count_note(layout), *notes, *more),
+        (*layout.notes, *_count_note(layout), *notes, *more),
         layout.unused,
     )
 
@@ -103,7 +103,7 @@ def read_case(files: CaseFiles, labels: Labels) -> Case:
     annotated = (True, *(name in names for name in labels.foreground))
     if files.label is None:
         return Case(files.name, image.array, None, image.geometry, annotated)
-    label = read_label(files.label)
+    label = read_label(files.label, labels)
     check_same_grid(image, label)
     try:
         channels = labels.to_channels(label.array)

@@ -33,8 +33,10 @@ class Row:
         geometry: Its grid.
         intensities: For each channel lowest value, 0.5 percentile, median, 99.5 percentile, highest value; the
             percentiles of large images are those of a million voxels.
-        volumes: Volume in ml of each annotated class; None without a readable label map.
+        volumes: Volume in ml of each annotated class, of a picture its share of the pixels; None without a readable
+            label map.
         foreground: Intensities of some labelled voxels in the first channel, shape (n,).
+        bits: Bits of a channel in the file of a picture; None for a volume.
     """
 
     case: str
@@ -43,6 +45,7 @@ class Row:
     intensities: tuple[tuple[float, ...], ...]
     volumes: Mapping[str, float] | None
     foreground: np.ndarray
+    bits: int | None = None
 
 
 def check_case(
@@ -63,7 +66,7 @@ def check_case(
     image, label = _try(lambda: read_images(case.images), faults), None
     if case.label:
         path = case.label
-        label = _try(lambda: read_label(path), faults)
+        label = _try(lambda: read_label(path, listed.labels), faults)
     elif needs_label:
         faults.append(f"{case.images[0]}: no label map of this case. Add it, or take the image out.")
     if image:
@@ -76,10 +79,13 @@ def check_case(
         _try(lambda: check_same_grid(image, label), faults)
     if image is None:
         return None, faults
-    volumes = _volumes(counts, image.geometry, case, listed.labels) if label else None
+    volumes = None
+    if label:
+        unit = label.array.size if image.is_picture else 1 / _voxel_ml(image.geometry)
+        volumes = {name: counts.get(listed.labels.value(name), 0) / unit for name in _annotated(case, listed.labels)}
     foreground = _foreground(image, label, volumes, listed.labels)
     intensities = tuple(_intensities(channel) for channel in image.array)
-    return Row(case.name, case.group, image.geometry, intensities, volumes, foreground), faults
+    return Row(case.name, case.group, image.geometry, intensities, volumes, foreground, image.bits), faults
 
 
 def _try(action: Callable[[], T], faults: list[str]) -> T | None:
@@ -92,7 +98,13 @@ def _try(action: Callable[[], T], faults: list[str]) -> T | None:
 
 def _image_faults(image: Volume, channels: Sequence[str], first: dict[bytes, Path]) -> list[str]:
     faults = []
-    if len(image.array) != len(channels):
+    if image.is_picture and len(image.array) != len(channels):
+        fact, mend = ("grey", "rgb") if len(image.array) == 1 else ("in colour", "grey")
+        faults.append(
+            f"{image.path}: the picture is {fact}, but the channels are {', '.join(channels)}. Set preparation.colour "
+            f"to {mend}, or convert it."
+        )
+    elif len(image.array) != len(channels):
         faults.append(
             f"{image.path}: {len(image.array)} channels, but dataset.json names {len(channels)}: "
             f"{', '.join(channels)}. Correct channel_names or the image."
@@ -117,7 +129,7 @@ def _label_faults(label: Volume, counts: Mapping[int, int], case: CaseFiles, lab
             f"{label.path}: label value {shown} is not among {', '.join(map(str, labels.values))} of dataset.json. "
             "Add the class or correct the label map."
         )
-    annotated = labels.foreground if case.annotated is None else case.annotated
+    annotated = _annotated(case, labels)
     if not any(counts.get(labels.value(name)) for name in annotated):
         names = ", ".join(annotated) or "none is"
         faults.append(
@@ -138,10 +150,12 @@ def count_values(array: np.ndarray) -> dict[int, int]:
     return {low + int(value): int(total[value]) for value in np.flatnonzero(total)}
 
 
-def _volumes(counts: Mapping[int, int], geometry: Geometry, case: CaseFiles, labels: Labels) -> dict[str, float]:
-    voxel_ml = abs(float(np.linalg.det(geometry.affine[:3, :3]))) / 1000
-    names = labels.foreground if case.annotated is None else case.annotated
-    return {name: counts.get(labels.value(name), 0) * voxel_ml for name in names}
+def _voxel_ml(geometry: Geometry) -> float:
+    return abs(float(np.linalg.det(geometry.affine[:3, :3]))) / 1000
+
+
+def _annotated(case: CaseFiles, labels: Labels) -> tuple[str, ...]:
+    return labels.foreground if case.annotated is None else case.annotated
 
 
 def _foreground(image: Volume, label: Volume | None, volumes: Mapping[str, float] | None, labels: Labels) -> np.ndarray:

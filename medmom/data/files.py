@@ -11,7 +11,10 @@ import numpy as np
 
 from medmom.data.atomic import atomic_file, read_json, write_json, write_text
 from medmom.data.header import spell_edges
-from medmom.data.nifti import HEADER_SUFFIXES, SINGLE_SUFFIXES, open_nifti, read_voxels, suffix, write_label_voxels
+from medmom.data.masks import named_values, read_mask, write_mask
+from medmom.data.nifti import HEADER_SUFFIXES, SINGLE_SUFFIXES, open_nifti, suffix, write_label_voxels
+from medmom.data.pictures import is_picture, picture_channels, picture_geometry, read_picture
+from medmom.data.voxels import class_numbers, intensities
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 from medmom.labels import Labels
@@ -21,6 +24,8 @@ __all__ = [
     "atomic_file",
     "check_same_grid",
     "is_image",
+    "is_picture",
+    "picture_channels",
     "read_geometry",
     "read_image",
     "read_images",
@@ -32,12 +37,6 @@ __all__ = [
     "write_text",
 ]
 
-# Slices converted together: few enough for little memory, enough to fill the cache lines written to.
-SLAB = 16
-
-# Rounding of a stored scale factor stays far below, a blended label far above.
-WHOLE_TOLERANCE = 1e-4
-
 
 @dataclass(frozen=True, eq=False)
 class Volume:
@@ -47,18 +46,25 @@ class Volume:
         path: The file it was read from.
         array: An image: float32, shape (C, X, Y, Z). A label map: integers, shape (X, Y, Z).
         geometry: The grid.
-        header: nibabel's header, for the codes and units of a result on the same grid.
+        header: nibabel's header, for the codes and units of a result on the same grid; None for a picture.
+        bits: Bits of a channel in the file of a picture image; None for all else.
     """
 
     path: Path
     array: np.ndarray
     geometry: Geometry
     header: Any
+    bits: int | None = None
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it was read from a picture: one slice, pixels of edge 1, the second axis points down."""
+        return self.header is None
 
 
 def is_image(path: str | Path) -> bool:
     """Whether a file name is one of an image; a pair counts once, by its ``.hdr``. Upper case counts too."""
-    return suffix(Path(path)) in SINGLE_SUFFIXES + HEADER_SUFFIXES
+    return suffix(Path(path)) in SINGLE_SUFFIXES + HEADER_SUFFIXES or is_picture(path)
 
 
 def stem(path: str | Path) -> str:
@@ -69,11 +75,13 @@ def stem(path: str | Path) -> str:
 
 def read_geometry(path: str | Path) -> Geometry:
     """Reads the grid alone, from the header, with the checks of ``read_image`` on it."""
-    return open_nifti(Path(path)).geometry
+    return picture_geometry(Path(path)) if is_picture(path) else open_nifti(Path(path)).geometry
 
 
 def read_image(path: str | Path) -> Volume:
     """Reads an image as float32 channels, with its scale factors applied.
+
+    A picture (PNG, JPEG, TIFF) is one slice, upright, on the scale from 0 to 255; ``read_picture`` has the rest.
 
     NIfTI-1 and NIfTI-2, single files and pairs, either byte order, any integer or float type. Volumes
     along the fourth axis are channels; trailing axes of length 1 are dropped.
@@ -122,22 +130,27 @@ def read_images(paths: Sequence[str | Path]) -> Volume:
     return volume
 
 
-def read_label(path: str | Path) -> Volume:
+def read_label(path: str | Path, labels: Labels | None = None) -> Volume:
     """Reads a label map as integers of shape (X, Y, Z); a float file is fine where its values are whole.
 
+    A picture gives palette indices or grey values (see ``read_mask``), upright as its image.
+
+    Args:
+        path: The file.
+        labels: The classes it may hold, so that a black and white picture (0 and 255) is read as background and the
+            one class; None: every value as stored. Values that it does not name are left to ``Labels.to_channels``.
+
     Raises:
-        MedmomError: As ``read_image`` (a constant map is fine); or there are several volumes, or a value
-            that is not a whole number.
+        MedmomError: As ``read_image`` (a constant map is fine); or there are several volumes, a value that is not a
+            whole number, colours, or greys between black and white.
     """
-    file = open_nifti(Path(path))
-    if file.num_channels > 1:
-        raise MedmomError(f"{path}: a label map with {file.num_channels} volumes. Store one volume of class numbers.")
-    raw, slope, inter = read_voxels(file)
-    if raw.dtype.kind in "iu" and (slope, inter) == (1.0, 0.0):
-        array = raw[..., 0].astype(raw.dtype.newbyteorder("="), order="C")
-    else:
-        array = _wholespell_edges(file.path, raw[..., 0], slope, inter)
-    return Volume(file.path, array, file.geometry, file.header)
+    path = Path(path)
+    if is_picture(path):
+        stored = read_mask(path)
+        stored = stored if labels is None else named_values(path, stored, labels)
+        return Volume(path, stored, _pixel_grid(stored), None)
+    file = open_nifti(path)
+    return Volume(path, class_numbers(file), file.geometry, file.header)
 
 
 def check_same_grid(first: Volume, second: Volume) -> None:
@@ -149,6 +162,8 @@ def check_same_grid(first: Volume, second: Volume) -> None:
     ours, theirs = first.geometry, second.geometry
     if theirs.is_close(ours, tolerance=0.05 * min(ours.spacing)):
         return
+    if first.is_picture and second.is_picture:
+        raise _other_size(first, second)
     if ours.shape != theirs.shape:
         fact = f"shape {' x '.join(map(str, theirs.shape))} instead of {' x '.join(map(str, ours.shape))}"
     elif not np.allclose(ours.spacing, theirs.spacing, rtol=1e-3):
@@ -162,12 +177,16 @@ def check_same_grid(first: Volume, second: Volume) -> None:
 def write_label(path: str | Path, label: np.ndarray, labels: Labels, like: Volume) -> None:
     """Writes a label map on the grid of ``like``, or leaves the disk as it was.
 
-    Affine, qform and sform with their codes, voxel edges and units are those of ``like``, and so is the
+    NIfTI: affine, qform and sform with their codes, voxel edges and units are those of ``like``, and so is the
     number of axes of a flat image. The type is the smallest integer type for ``labels``; the class names
     stand in a header extension, as the label table that TotalSegmentator writes and reads.
 
+    A picture's is a PNG of its size in indexed colours, the index being the stored value. Like the picture in memory
+    it is upright: where EXIF turns the picture, the PNG has the size of what viewers show, without EXIF.
+
     Args:
-        path: ``.nii.gz`` (compressed at level 1) or ``.nii``; missing folders are made.
+        path: ``.nii.gz`` (compressed at level 1) or ``.nii``, ``.png`` where ``like`` is a picture; missing folders
+            are made.
         label: Stored values, shape (X, Y, Z).
         labels: The table they come from.
         like: The image that was segmented.
@@ -177,7 +196,9 @@ def write_label(path: str | Path, label: np.ndarray, labels: Labels, like: Volum
         ValueError: ``label`` has another shape, or values beyond the type.
     """
     path = Path(path)
-    if suffix(path) not in SINGLE_SUFFIXES:
+    if like.is_picture and path.suffix.lower() != ".png":
+        raise MedmomError(f"{path}: the label map of a picture is written as .png. Give the output such a name.")
+    if not like.is_picture and suffix(path) not in SINGLE_SUFFIXES:
         raise MedmomError(f"{path}: label maps are written as .nii.gz or .nii. Give the output such a name.")
     if _is_same_file(path, like.path):
         raise MedmomError(f"{path}: the output would replace its own input. Give another output.")
@@ -185,33 +206,37 @@ def write_label(path: str | Path, label: np.ndarray, labels: Labels, like: Volum
     if label.shape != like.geometry.shape or not np.array_equal(stored, label):
         raise ValueError(f"a label map {label.shape} {label.dtype} for {like.geometry.shape} {labels.dtype}")
     with atomic_file(path) as stream:
-        write_label_voxels(stream, stored, labels, like.header, compress=suffix(path) != ".nii")
+        if like.is_picture:
+            write_mask(stream, path, stored, labels)
+        else:
+            write_label_voxels(stream, stored, labels, like.header, compress=suffix(path) != ".nii")
 
 
 def _read_channels(path: Path) -> Volume:
-    """Reads float32 channels and refuses voxels that are not finite."""
+    """Reads float32 channels; a constant image is for the caller to refuse."""
+    if is_picture(path):
+        array, bits = read_picture(path)
+        return Volume(path, array, _pixel_grid(array), None, bits)
     file = open_nifti(path)
-    raw, slope, inter = read_voxels(file)
-    array = np.empty((file.num_channels, *file.geometry.shape), dtype=np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for channel in range(file.num_channels):
-            for start in range(0, raw.shape[2], SLAB):
-                part = raw[:, :, start : start + SLAB, channel]
-                scaled = part if (slope, inter) == (1.0, 0.0) else part.astype(np.float64) * slope + inter
-                array[channel, :, :, start : start + SLAB] = scaled
-    # Both carry nan and infinity out without an array of flags.
-    if not np.isfinite((array.min(), array.max())).all():
-        count = int(np.count_nonzero(~np.isfinite(array)))
-        raise MedmomError(
-            f"{path}: {count} voxels are NaN, infinite or beyond 32-bit range. Replace them and save again."
-        )
-    return Volume(path, array, file.geometry, file.header)
+    return Volume(path, intensities(file), file.geometry, file.header)
+
+
+def _pixel_grid(array: np.ndarray) -> Geometry:
+    return Geometry(array.shape[-3:], np.eye(4))
 
 
 def _check_contrast(volume: Volume) -> None:
     if volume.array.min() == volume.array.max():
-        value = float(volume.array.flat[0])
-        raise MedmomError(f"{volume.path}: every voxel is {value:g}, the image shows nothing. Give the true image.")
+        value, unit = float(volume.array.flat[0]), "pixel" if volume.is_picture else "voxel"
+        raise MedmomError(f"{volume.path}: every {unit} is {value:g}, the image shows nothing. Give the true image.")
+
+
+def _other_size(first: Volume, second: Volume) -> MedmomError:
+    """Two pictures lie on one grid if they have one size."""
+    (one, other) = ("x".join(map(str, volume.geometry.shape[:2])) for volume in (first, second))
+    turned = first.geometry.shape[:2] == second.geometry.shape[1::-1]
+    mend = "Turn one: pictures are read as EXIF turns them." if turned else "Save both at one size."
+    return MedmomError(f"{second.path}: {other} pixels, but {first.path} has {one}. {mend}")
 
 
 def _is_same_file(first: Path, second: Path) -> bool:
@@ -220,21 +245,3 @@ def _is_same_file(first: Path, second: Path) -> bool:
         return first.samefile(second)
     except OSError:
         return False
-
-
-def _wholespell_edges(path: Path, raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
-    """Rounds scaled or float values to the smallest integer type that holds them."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = raw.astype(np.float64, order="C") * slope + inter
-        whole = np.rint(values)
-        wrong = ~(np.abs(values - whole) <= WHOLE_TOLERANCE)
-    if wrong.any():
-        first = float(values[wrong][0])
-        raise MedmomError(
-            f"{path}: {int(wrong.sum())} label values are not whole numbers, such as {first:.6g}. "
-            "Export labels without interpolation (nearest neighbour)."
-        )
-    low, high = int(whole.min()), int(whole.max())
-    if low < -(2**31) or high >= 2**32:
-        raise MedmomError(f"{path}: label values from {low} to {high}. Number the classes from 0 on.")
-    return whole.astype(np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high)))

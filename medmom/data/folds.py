@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,51 @@ def split_cases(
     split = Split(tuple(n for n in names if n not in validation), tuple(n for n in names if n in validation))
     check_leakage(split, cases)
     return split
+
+
+def leave_out(cases: Sequence[CaseFiles], patterns: Sequence[str]) -> list[CaseFiles]:
+    """Gives the cases whose names match none of the patterns, such as ``liver_[0-9]`` for a test set.
+
+    Raises:
+        MedmomError: A pattern matches no case.
+    """
+    names = _matching(cases, patterns, "data.leave_out")
+    return [case for case in cases if case.name not in names]
+
+
+def named_split(cases: Sequence[CaseFiles], validation: Sequence[str]) -> Split:
+    """Splits cases by the names of the validation cases.
+
+    Args:
+        cases: All cases that take part.
+        validation: Names or patterns, such as ``liver_3[0-9]``.
+
+    Raises:
+        MedmomError: A pattern matches no case, nothing is left to train on, or a group lies on both sides.
+    """
+    names = _matching(cases, validation, "data.validation")
+    train = sorted(case.name for case in cases if case.name not in names)
+    if not train:
+        raise MedmomError(f"data.validation {list(validation)}: names all {len(cases)} cases. Leave some to train on.")
+    groups = {case.group for case in cases if case.name in names}
+    other = next((case for case in cases if case.group in groups and case.name not in names), None)
+    if other is not None:
+        raise MedmomError(
+            f"data.validation: the case {other.name} of {other.group} would be trained on, others of it validate. "
+            "Name all cases of a patient."
+        )
+    return Split(tuple(train), tuple(sorted(names)))
+
+
+def _matching(cases: Sequence[CaseFiles], patterns: Sequence[str], key: str) -> set[str]:
+    names = [case.name for case in cases]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            raise MedmomError(f"{key}: {pattern!r} is the name of no case, such as {names[0]}. Mend the pattern.")
+        found.update(matches)
+    return found
 
 
 def check_leakage(split: Split, cases: Sequence[CaseFiles]) -> None:

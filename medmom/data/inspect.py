@@ -9,7 +9,7 @@ from pathlib import Path
 from medmom.data.case import find_cases
 from medmom.data.casefiles import CaseFolder
 from medmom.data.checkup import Row, check_case
-from medmom.data.plan import Proposal, propose
+from medmom.data.plan import Proposal, propose, propose_pictures
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,22 @@ def inspect_folder(
             progress(number, len(listed.cases))
     if not has_labels:
         faults.append(
-            Fault("", f"{listed.folder}: no case has a label map. Put them into labels (labelsTr) by case name.")
+            Fault("", f"{listed.folder}: no case has a label map. Put them into labels (labelsTr, masks) by case name.")
         )
     faults += [Fault("", _unused(path)) for path in listed.unused]
-    proposal = None
-    if rows:
-        proposal = propose([row.geometry for row in rows], listed.channels, [row.foreground for row in rows])
-    return Inspection(listed, tuple(rows), tuple(faults), proposal)
+    return Inspection(listed, tuple(rows), tuple(faults), _proposal(listed, rows))
+
+
+def _proposal(listed: CaseFolder, rows: Sequence[Row]) -> Proposal | None:
+    """Proposes for the volumes; for pictures where there is nothing else."""
+    volumes = [row for row in rows if row.bits is None]
+    if volumes:
+        return propose([row.geometry for row in volumes], listed.channels, [row.foreground for row in volumes])
+    return propose_pictures([row.geometry for row in rows], [len(row.intensities) for row in rows]) if rows else None
 
 
 def _unused(path: Path) -> str:
-    if path.parent.name.startswith("label"):
+    if path.parent.name.startswith(("label", "mask")):
         return f"{path}: a label map without an image. Add the image or remove the label map."
     return f"{path}: an image that belongs to no case. Correct its name or channel number, or list it."
 
@@ -99,9 +104,12 @@ def format_inspection(inspection: Inspection) -> str:
         f"labels {classes}"
     ]
     parts += [f"note: {note}" for note in listed.notes]
-    parts += ["", *_columns(_case_table(rows, listed.channels))] if rows else []
-    if any(row.volumes for row in rows):
-        parts += ["", "label volumes in ml (- not annotated)", *_columns(_volume_table(rows, listed.labels.foreground))]
+    volumes, pictures = [row for row in rows if row.bits is None], [row for row in rows if row.bits is not None]
+    parts += ["", *_columns(_case_table(volumes, listed.channels))] if volumes else []
+    parts += ["", *_columns(_picture_table(pictures, listed.labels.foreground))] if pictures else []
+    if any(row.volumes for row in volumes):
+        table = _volume_table(volumes, listed.labels.foreground)
+        parts += ["", "label volumes in ml (- not annotated)", *_columns(table)]
     parts += ["", f"{len(inspection.faults)} faults" if inspection.faults else "no fault found"]
     parts += [f"  {fault.text}" for fault in inspection.faults]
     if inspection.proposal:
@@ -119,6 +127,24 @@ def _case_table(rows: Sequence[Row], channels: Sequence[str]) -> Iterator[tuple[
             group = "-" if row.group == row.case else row.group
             start = (row.case, group, shape, spacing, row.geometry.orientation) if index == 0 else ("",) * 5
             yield (*start, channel, *(f"{number:.4g}" for number in numbers))
+
+
+def _picture_table(rows: Sequence[Row], classes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    yield ("case", "group", "pixels", "colour", "bits", "min", "median", "max", *(f"{name} %" for name in classes))
+    for row in rows:
+        lowest, _, medians, _, highest = zip(*row.intensities, strict=True)
+        shares = row.volumes or {}
+        yield (
+            row.case,
+            "-" if row.group == row.case else row.group,
+            "x".join(map(str, row.geometry.shape[:2])),
+            "grey" if len(row.intensities) == 1 else "colour",
+            str(row.bits),
+            f"{min(lowest):.4g}",
+            "/".join(f"{number:.4g}" for number in medians),
+            f"{max(highest):.4g}",
+            *(f"{100 * shares[name]:.3g}" if name in shares else "-" for name in classes),
+        )
 
 
 def _volume_table(rows: Sequence[Row], classes: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -144,15 +170,20 @@ def _columns(table: Iterator[tuple[str, ...]]) -> list[str]:
 def _proposal_lines(proposal: Proposal) -> Iterator[str]:
     """Writes the proposal in the keys of a recipe, and why."""
     preparation = proposal.preparation
-    yield f"preparation.spacing: {_list(preparation.spacing or ())}"
+    if preparation.spacing:
+        yield f"preparation.spacing: {_list(preparation.spacing)}"
     yield f"preparation.intensity: {preparation.intensity}"
     if preparation.clip:
         yield f"preparation.clip: {_list(preparation.clip)}"
         yield f"preparation.mean: {preparation.mean:.4g}"
         yield f"preparation.std: {preparation.std:.4g}"
+    is_flat = preparation.size is not None
+    if is_flat:
+        yield f"preparation.colour: {preparation.colour}"
+    key, unit = ("preparation.size and data.patch", "pixels") if is_flat else ("data.patch", "voxels")
     for plan in proposal.patches:
         yield (
-            f"data.patch: {_list(plan.patch)}  ({plan.device}: at most {plan.budget} voxels; carries "
+            f"{key}: {_list(plan.patch)}  ({plan.device}: at most {plan.budget} {unit}; carries "
             f"{plan.num_stages} stages)"
         )
     yield from (f"why {reason}" for reason in proposal.reasons)

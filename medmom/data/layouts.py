@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from medmom.data.dataset_json import Dataset, read_dataset
-from medmom.data.files import is_image, stem
+from medmom.data.files import is_image, is_picture, picture_channels, stem
 from medmom.data.table import Table, read_table
 from medmom.errors import MedmomError
+from medmom.labels import Labels
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 """nnU-Net's file stem of one channel: case name and channel number."""
+
+FOLDERS = {"imagesTr": ("labelsTr",), "images": ("labels", "masks")}
+"""Image folders and the label folders that belong to them."""
 
 
 class Entry(NamedTuple):
@@ -36,6 +41,7 @@ class Layout:
         unused: Image and label files that belong to no case.
         table: The CSV file with one row a case, where there is one.
         rows: The table's row of each case, by name.
+        notes: Lines to tell the user about what was taken for granted.
     """
 
     folder: Path
@@ -44,13 +50,14 @@ class Layout:
     unused: tuple[Path, ...] = ()
     table: Table | None = None
     rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_layout(folder: Path) -> Layout:
     """Finds out how a folder is laid out and lists its cases.
 
     In this order: a CSV file; the decathlon (``training`` in ``dataset.json``); nnU-Net (``imagesTr``,
-    ``labelsTr``); ``images`` and ``labels``; a folder with one CSV file that has an image column.
+    ``labelsTr``); ``images`` and ``labels`` or ``masks``; a folder with one CSV file that has an image column.
 
     Raises:
         MedmomError: There is no such folder, or it is laid out in no known way.
@@ -64,11 +71,9 @@ def read_layout(folder: Path) -> Layout:
         dataset = read_dataset(folder / "dataset.json")
         if isinstance(dataset.content.get("training"), list):
             return _decathlon(folder, dataset)
-    for images, labels in (("imagesTr", "labelsTr"), ("images", "labels")):
+    for images, labels in FOLDERS.items():
         if (folder / images).is_dir():
-            dataset = read_dataset(folder / "dataset.json")
-            entries, unused = _gather(folder / images, folder / labels, len(dataset.channels))
-            return _with_rows(Layout(folder, dataset, entries, unused))
+            return _two_folders(folder / images, _label_folder(folder, labels))
     tables = [path for path in _visible(folder) if path.suffix.lower() == ".csv" and _has_images(path)]
     if len(tables) == 1:
         return _from_table(tables[0])
@@ -76,6 +81,45 @@ def read_layout(folder: Path) -> Layout:
         f"{folder}: neither imagesTr, images, a dataset.json with training nor one CSV file with a column image "
         "lies in it. Give the folder that holds one of them."
     )
+
+
+def _two_folders(images: Path, labels: Path) -> Layout:
+    folder, files = images.parent, _by_stem(images)
+    if not files:
+        other = next((path.name for path in _visible(images) if path.is_file()), None)
+        fact = f"no NIfTI file and no picture, but {other} for example" if other else "no file"
+        raise MedmomError(f"{images}: the folder holds {fact}. Put .nii.gz images or pictures there.")
+    notes: tuple[str, ...] = ()
+    path = folder / "dataset.json"
+    if path.is_file() or images.name != "images" or not all(map(is_picture, files.values())):
+        dataset = read_dataset(path)
+    else:
+        dataset = _plain_dataset(path, list(files.values()))
+        notes = (
+            f"no dataset.json: black (0) in masks is background, white (255) or 1 is foreground; channels "
+            f"{', '.join(dataset.channels)} as in the first picture",
+        )
+    entries, unused = _gather(images, files, _by_stem(labels), len(dataset.channels))
+    return _with_rows(Layout(folder, dataset, entries, unused, notes=notes))
+
+
+def _label_folder(folder: Path, names: Sequence[str]) -> Path:
+    """Chooses the folder with label maps; one of the names may hold boxes or other annotations."""
+    found = [folder / name for name in names if _images(folder / name)]
+    if len(found) > 1:
+        raise MedmomError(f"{found[1]}: {found[0].name} beside it holds label maps too. Keep one of the two folders.")
+    return found[0] if found else folder / names[0]
+
+
+def _plain_dataset(path: Path, pictures: Sequence[Path]) -> Dataset:
+    """Stands in for the dataset.json of pictures and black and white masks."""
+    channels: tuple[str, ...] = ("R", "G", "B")
+    for picture in pictures:
+        # A damaged picture is for reading to name.
+        with suppress(MedmomError):
+            channels = channels if picture_channels(picture) == 3 else ("grey",)
+            break
+    return Dataset(path, Labels(("background", "foreground"), (0, 1)), channels, {})
 
 
 def _decathlon(folder: Path, dataset: Dataset) -> Layout:
@@ -104,15 +148,12 @@ def _split_files(images: tuple[Path, ...], num_channels: int) -> tuple[Path, ...
     return split if split[0].exists() else images
 
 
-def _gather(image_folder: Path, label_folder: Path, num_channels: int) -> tuple[tuple[Entry, ...], tuple[Path, ...]]:
+def _gather(
+    folder: Path, images: Mapping[str, Path], labels: Mapping[str, Path], num_channels: int
+) -> tuple[tuple[Entry, ...], tuple[Path, ...]]:
     """Pairs images and labels of two folders by name; returns the cases and the files left over."""
-    images, labels = _by_stem(image_folder), _by_stem(label_folder)
-    if not images:
-        other = next((path.name for path in _visible(image_folder) if path.is_file()), None)
-        fact = f"no NIfTI file, but {other} for example" if other else "no file"
-        raise MedmomError(f"{image_folder}: the folder holds {fact}. Put .nii.gz images there.")
     if _named_by_channel(images, labels, num_channels):
-        cases = _join_channels(image_folder, images, num_channels)
+        cases = _join_channels(folder, images, num_channels)
     else:
         cases = {name: (path,) for name, path in images.items()}
     entries = tuple(Entry(name, files, labels.get(name)) for name, files in sorted(cases.items()))
@@ -137,6 +178,9 @@ def _join_channels(folder: Path, images: Mapping[str, Path], num_channels: int) 
         name = full.rpartition("_")[0]
         ending = path.name[len(full) :]
         expected = [f"{name}_{channel:04d}" for channel in range(num_channels)]
+        if is_picture(path) and not any(part in images for part in expected[1:]):
+            # A picture holds red, green and blue itself.
+            expected = expected[:1]
         cases.setdefault(name, tuple(images.get(part, folder / f"{part}{ending}") for part in expected))
     return cases
 

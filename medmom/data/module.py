@@ -7,7 +7,7 @@ import lightning
 import numpy as np
 import torch
 from monai.data import Dataset, list_data_collate
-from monai.transforms import Compose, RandCropByPosNegLabeld, ResizeWithPadOrCropd, Transform
+from monai.transforms import Compose, RandCropByPosNegLabeld, ResizeWithPadOrCropd, SqueezeDimd, Transform
 from monai.utils import convert_to_tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -89,7 +89,7 @@ class CaseDataModule(lightning.LightningDataModule):
     Args:
         train: Prepared cases to draw patches from.
         validation: Prepared cases to validate on.
-        patch: Voxels of a patch along each axis.
+        patch: Voxels of a patch along each axis, two or three.
         batch_size: Patches in a batch of one process.
         steps_per_epoch: Optimizer steps in an epoch.
         transforms: Random MONAI transforms of a patch.
@@ -141,19 +141,25 @@ class CaseDataModule(lightning.LightningDataModule):
 
 
 def patch_pipeline(patch: Sequence[int], transforms: Sequence[Transform]) -> Compose:
-    """Gives the MONAI pipeline from a ``PreparedCase`` to a patch: open, crop, pad, change at random."""
+    """Gives the MONAI pipeline from a ``PreparedCase`` to a patch: open, crop, pad, change at random.
+
+    A patch of two edges is cut out of one slice, along the third axis, and loses that axis before it is changed.
+    """
     keys = ("image", "label")
+    box = (*patch, 1) if len(patch) == 2 else tuple(patch)
+    flatten = [SqueezeDimd(keys=keys, dim=-1)] if len(patch) == 2 else []
     crop = RandCropByPosNegLabeld(
         keys=keys,
         label_key="label",
-        spatial_size=tuple(patch),
+        spatial_size=box,
         pos=FOREGROUND_SHARE,
         neg=1 - FOREGROUND_SHARE,
         fg_indices_key="foreground",
         bg_indices_key="anywhere",
         allow_smaller=True,
     )
-    return Compose([OpenPrepared(), crop, ResizeWithPadOrCropd(keys=keys, spatial_size=tuple(patch)), *transforms])
+    pad = ResizeWithPadOrCropd(keys=keys, spatial_size=box)
+    return Compose([OpenPrepared(), crop, pad, *flatten, *transforms])
 
 
 def default_workers(device: str) -> int:

@@ -183,7 +183,10 @@ def _pair(path: Path) -> tuple[Path, Path]:
     """Finds the file of the header and the file of the voxels."""
     ending = suffix(path)
     if not ending:
-        raise MedmomError(f"{path}: {_format_name(path)}; medmom reads .nii, .nii.gz and .hdr with .img. {CONVERT}")
+        raise MedmomError(
+            f"{path}: {_format_name(path)}; medmom reads NIfTI (.nii, .nii.gz, .hdr with .img), PNG, JPEG and TIFF. "
+            f"{CONVERT}"
+        )
     if ending in SINGLE_SUFFIXES:
         return path, path
     is_header = ending in HEADER_SUFFIXES

@@ -1,4 +1,4 @@
-"""What a data folder suggests for spacing, patch and intensities, by nnU-Net's rules."""
+"""What a data folder suggests for spacing, size, patch and intensities, for volumes by nnU-Net's rules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ ANISOTROPY = 3.0
 BUDGETS = {"cpu": (64**3, 4), "gpu": (128**3, 6)}
 """Largest patch in voxels and number of stages, for ``mom3d_xs`` on two cores and ``mom3d_m`` on 12 GB."""
 
+PICTURE_BUDGETS = {"cpu": (192**2, 5), "gpu": (256**2, 5)}
+"""The same in pixels, for ``mom2d_xs`` and ``mom2d_s``."""
+
 HOUNSFIELD_AIR = -500.0
 
 
@@ -25,8 +28,8 @@ class PatchPlan:
 
     Attributes:
         device: ``cpu`` or ``gpu``.
-        budget: Largest number of voxels that was allowed.
-        patch: Voxels by axis, in the order of the working grid.
+        budget: Largest number of voxels or pixels that was allowed.
+        patch: Voxels or pixels by axis, in the order of the working grid.
         num_stages: Resolution levels that such a patch carries.
     """
 
@@ -41,8 +44,9 @@ class Proposal:
     """Values for a recipe.
 
     Attributes:
-        preparation: Spacing of the working grid (RAS axis order) and intensity rule with its numbers.
-        shape: Median shape of the cases on that grid.
+        preparation: Spacing of the working grid (RAS axis order) or, of pictures, its size on the CPU; intensity rule
+            with its numbers.
+        shape: Median shape of the cases on that grid; of pictures as they are.
         patches: One plan a device.
         reasons: A line for each decision.
     """
@@ -72,10 +76,36 @@ def propose(geometries: Sequence[Geometry], channels: Sequence[str], foreground:
     patches = tuple(plan_patch(spacing, shape, device=device) for device in BUDGETS)
     preparation, why_intensity = choose_intensity(spacing, channels, foreground)
     why_patch = (
-        f"patch: the median shape {' x '.join(f'{n:.0f}' for n in shape)} on that spacing, or as much of it as the "
+        f"patch: the median shape {_times(shape)} on that spacing, or as much of it as the "
         "voxels allow; an axis is halved while it has 8 voxels and less than twice the smallest spacing"
     )
     return Proposal(preparation, tuple(int(n) for n in shape), patches, (why_spacing, why_patch, why_intensity))
+
+
+def propose_pictures(geometries: Sequence[Geometry], num_channels: Sequence[int]) -> Proposal:
+    """Derives a proposal for a two-dimensional network from the sizes and colours of all pictures.
+
+    Args:
+        geometries: Grid of each picture, (columns, rows, 1).
+        num_channels: Channels of each picture.
+    """
+    sizes = np.array([geometry.shape[:2] for geometry in geometries])
+    median, ratios = np.median(sizes, axis=0), sizes[:, 0] / sizes[:, 1]
+    patches = tuple(plan_patch((1.0, 1.0), median, device=device) for device in PICTURE_BUDGETS)
+    num_grey = sum(count == 1 for count in num_channels)
+    is_mixed = 0 < num_grey < len(num_channels)
+    colours = f"{num_grey} of the {len(num_channels)}" if is_mixed else "all" if num_grey else "no"
+    reasons = (
+        f"size: the median picture has {_times(median)} pixels (they range from {_times(sizes.min(axis=0))} to "
+        f"{_times(sizes.max(axis=0))}), the network sees as much of it as the pixels allow",
+        f"size: each picture is brought to it whatever its proportions (width to height {ratios.min():.2f} to "
+        f"{ratios.max():.2f}), and its label map back to its own",
+        "patch: the whole size; two edges make the network two-dimensional",
+        "intensity: pictures are on one scale, 0 to 255; divided by 255",
+        f"colour: {colours} pictures are grey",
+    )
+    preparation = Preparation(None, "unit", size=patches[0].patch, colour="rgb" if is_mixed else "own")
+    return Proposal(preparation, tuple(int(n) for n in median), patches, reasons)
 
 
 def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[tuple[float, ...], str]:
@@ -99,17 +129,19 @@ def choose_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[tuple[floa
 def plan_patch(spacing: Sequence[float], shape: Sequence[float] | np.ndarray, *, device: str) -> PatchPlan:
     """Gives the largest patch for a device's budget that resembles the median case and halves evenly.
 
-    It starts from a block of equal edges in mm with 256^3 voxels, no larger than the case, and shortens the
-    axis that covers most of the case until the budget is met.
+    It starts from a block of equal edges in mm with 256^3 voxels (512^2 pixels), no larger than the case, and
+    shortens the axis that covers most of the case until the budget is met.
 
     Args:
-        spacing: Of the working grid, in mm.
+        spacing: Of the working grid, in mm; two or three edges.
         shape: Median shape of the cases on it.
         device: A key of ``BUDGETS``.
     """
-    budget, max_stages = BUDGETS[device]
+    is_flat = len(spacing) == 2
+    budget, max_stages = (PICTURE_BUDGETS if is_flat else BUDGETS)[device]
     edges = 1 / np.array(spacing)
-    size = np.minimum(np.round(edges * (256**3 / edges.prod()) ** (1 / 3)), shape).astype(int)
+    block = 512**2 if is_flat else 256**3
+    size = np.minimum(np.round(edges * (block / edges.prod()) ** (1 / len(edges))), shape).astype(int)
     patch, num_stages = _padded(size, spacing, max_stages)
     while patch.prod() > budget:
         axis = int((patch / np.array(shape)).argmax())
@@ -134,6 +166,10 @@ def choose_intensity(
         return Preparation(spacing, "ct"), "intensity: channel CT; no labelled foreground yet to take limits from"
     preparation = fit_preparation(Preparation(spacing, "ct"), foreground)
     return preparation, "intensity: channel CT; clipped to the 0.5 and 99.5 percentile of the labelled foreground"
+
+
+def _times(shape: Sequence[float] | np.ndarray) -> str:
+    return " x ".join(f"{n:.0f}" for n in shape)
 
 
 def _padded(size: np.ndarray, spacing: Sequence[float], max_stages: int) -> tuple[np.ndarray, int]:

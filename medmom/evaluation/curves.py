@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,15 @@ INK: Mapping[Theme, tuple[str, str, str]] = {
     "light": ("#4a5566", "#e4e8ee", "#1f5fbf"),
     "dark": ("#a3afbf", "#2c3441", "#7db0ff"),
 }
+# Validation scores of classification, with colours that hold on light and dark.
+CLASS_SCORES = {
+    "val_balanced_accuracy": "balanced accuracy",
+    "val_accuracy": "accuracy",
+    "val_f1": "macro F1",
+    "val_auroc": "macro AUROC",
+    "val_auprc": "macro AUPRC",
+}
+CLASS_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +42,14 @@ class Curves:
         dice: Mean validation Dice, or None.
         class_dice: Validation Dice by class.
         lr: Learning rate, or None.
+        scores: Validation scores of classification, by the name they are shown by.
     """
 
     loss: Series | None
     dice: Series | None
     class_dice: Mapping[str, Series]
     lr: Series | None
+    scores: Mapping[str, Series] = field(default_factory=dict)
 
 
 def read_curves(path: Path) -> Curves:
@@ -62,11 +73,12 @@ def read_curves(path: Path) -> Curves:
         dice=series.get("val_dice"),
         class_dice={name.removeprefix(prefix): series[name] for name in series if name.startswith(prefix)},
         lr=_first(series, ["lr", *sorted(name for name in series if name.startswith("lr"))]),
+        scores={title: series[name] for name, title in CLASS_SCORES.items() if name in series},
     )
 
 
 def draw_curves(curves: Curves, colours: Mapping[str, Colour], theme: Theme) -> bytes | None:
-    """Draws loss, validation Dice and learning rate side by side.
+    """Draws loss, validation scores and learning rate side by side.
 
     Args:
         curves: What was logged.
@@ -81,6 +93,7 @@ def draw_curves(curves: Curves, colours: Mapping[str, Colour], theme: Theme) -> 
         for title, draw, there in (
             ("Training loss", _draw_loss, curves.loss),
             ("Dice in validation", _draw_dice, curves.dice or curves.class_dice),
+            ("Scores in validation", _draw_scores, curves.scores),
             ("Learning rate", _draw_lr, curves.lr),
         )
         if there
@@ -88,7 +101,7 @@ def draw_curves(curves: Curves, colours: Mapping[str, Colour], theme: Theme) -> 
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DPI, layout="constrained", facecolor="none")
-    for axes, (title, draw) in zip(figure.subplots(1, 3)[: len(panels)], panels, strict=True):
+    for axes, (title, draw) in zip(figure.subplots(1, max(3, len(panels)))[: len(panels)], panels, strict=True):
         draw(axes, curves, colours, theme)
         _style(axes, title, theme)
     for axes in figure.axes[len(panels) :]:
@@ -126,6 +139,14 @@ def _draw_dice(axes: Axes, curves: Curves, colours: Mapping[str, Colour], theme:
     if curves.dice is not None:
         axes.plot(*curves.dice, color=INK[theme][2], linewidth=2.2, marker="o", markersize=3.5)
     axes.set_ylim(top=1.0)
+
+
+def _draw_scores(axes: Axes, curves: Curves, colours: Mapping[str, Colour], theme: Theme) -> None:
+    for colour, title in zip(CLASS_COLOURS, CLASS_SCORES.values(), strict=True):
+        if title in curves.scores:
+            axes.plot(*curves.scores[title], color=colour, linewidth=1.6, marker="o", markersize=2.5, label=title)
+    axes.set_ylim(top=1.02)
+    axes.legend(fontsize=8, labelcolor=INK[theme][0], frameon=False)
 
 
 def _draw_lr(axes: Axes, curves: Curves, colours: Mapping[str, Colour], theme: Theme) -> None:

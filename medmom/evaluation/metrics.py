@@ -17,11 +17,12 @@ Scores = dict[str, float | None]
 TOLERANCE_SLACK = 1e-4
 
 
-def definitions(tolerance: float) -> dict[str, str]:
+def definitions(tolerance: float, unit: str = "mm") -> dict[str, str]:
     """Says in words what each score means, for the files and reports that show them.
 
     Args:
-        tolerance: Of the surface Dice, in mm.
+        tolerance: Of the surface Dice, in ``unit``.
+        unit: Of distances: ``"mm"``, or ``"pixels"`` for pictures, whose pixels have no known edge.
 
     Returns:
         Text by name: the six scores, ``surface``, ``empty``, ``ignored`` and ``mean``.
@@ -32,12 +33,12 @@ def definitions(tolerance: float) -> dict[str, str]:
         "recall": "|P and R| / |R|: the share of the reference that was found.",
         "precision": "|P and R| / |P|: the share of the prediction that is right.",
         "hd95_mm": "95th percentile (linear) of the distances from each surface voxel of one mask to the nearest "
-        "surface voxel of the other, in mm; the larger of the two directions.",
-        "nsd": f"Surface Dice: share of the surface voxels of both masks that lie within {tolerance:g} mm of the "
+        f"surface voxel of the other, in {unit}; the larger of the two directions.",
+        "nsd": f"Surface Dice: share of the surface voxels of both masks that lie within {tolerance:g} {unit} of the "
         "other surface.",
         "surface": "Surfaces are boundary voxel centres: voxels of the mask with one of their six neighbours outside; "
         "beyond the image's border counts as outside, and an axis of one voxel has no neighbours. Distances are in "
-        "mm, from the voxel spacing along the axes (exact on grids without shear, oblique ones included).",
+        f"{unit}, from the voxel spacing along the axes (exact on grids without shear, oblique ones included).",
         "empty": "Both masks empty: no score (null), left out of the means and counted. One mask empty, or the whole "
         "prediction missing: dice, iou, recall, precision and nsd are 0 and hd95_mm is the length of the reference "
         "image's diagonal, so that a missed structure never improves a mean.",

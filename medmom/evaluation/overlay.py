@@ -1,51 +1,24 @@
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patheffects import AbstractPathEffect, Normal, Stroke, withStroke
 from scipy import ndimage
 
 from medmom.data.files import Volume, check_same_grid, read_image, read_label
 from medmom.errors import MedmomError
+from medmom.evaluation.drawing import Plane, draw_planes, png
 from medmom.labels import Labels
 
+__all__ = ["Plane", "Shown", "cut_picture", "cut_planes", "draw_planes", "png", "read_planes"]
+
 MARGIN_MM = 20.0
-NEAR_MM = 10.0
-WIDTH_INCHES, MAX_HEIGHT_INCHES, GAP_INCHES, DPI = 11.0, 5.4, 0.12, 150
-BACKGROUND = "#0b0d11"
-HALO: list[AbstractPathEffect] = [withStroke(linewidth=2.5, foreground="black")]
 
 # Name, the axis looked along (RAS), and the letters at the left, right, top and bottom edge.
 PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
-
-
-@dataclass(frozen=True, eq=False)
-class Plane:
-    """One slice as it is shown: rows from the top, columns from the left.
-
-    Attributes:
-        name: Of the plane.
-        letters: Directions at the left, right, top and bottom edge.
-        image: Grey values, shape (rows, columns).
-        prediction: Channel indices of the same shape.
-        reference: Channel indices of the same shape.
-        size: Width and height in mm.
-    """
-
-    name: str
-    letters: str
-    image: np.ndarray
-    prediction: np.ndarray
-    reference: np.ndarray
-    size: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -68,6 +41,7 @@ def read_planes(image: Path, prediction: Path, reference: Path, shown: Shown) ->
 
     Each plane lies where the classes together have most of their area, each class weighing the same,
     and is cut to the structures and what surrounds them. Of several channels the first is shown.
+    A picture is shown whole, upright and in its colours.
 
     Args:
         image: The scan.
@@ -76,17 +50,20 @@ def read_planes(image: Path, prediction: Path, reference: Path, shown: Shown) ->
         shown: The classes.
 
     Returns:
-        Axial, coronal and sagittal plane; of a single slice, that slice.
+        Axial, coronal and sagittal plane; of a single slice or a picture, that alone.
 
     Raises:
         MedmomError: A file cannot be read, lies on another grid, or has no plane.
     """
-    scan, found, wanted = read_image(image), read_label(prediction), read_label(reference)
+    scan = read_image(image)
+    found, wanted = read_label(prediction, shown.labels), read_label(reference, shown.reference_labels)
     check_same_grid(scan, found)
     check_same_grid(scan, wanted)
-    grey = _to_ras(scan, scan.array[0])
-    predicted = _to_ras(found, _channels(found.array, shown.labels, shown))
-    drawn = _to_ras(wanted, _channels(wanted.array, shown.reference_labels, shown))
+    predicted = _channels(found.array, shown.labels, shown)
+    drawn = _channels(wanted.array, shown.reference_labels, shown)
+    if scan.is_picture:
+        return [cut_picture(scan.array, predicted, drawn)]
+    grey, predicted, drawn = _to_ras(scan, scan.array[0]), _to_ras(found, predicted), _to_ras(wanted, drawn)
     planes = cut_planes(grey, predicted, drawn, scan.geometry.reoriented("RAS").spacing)
     if not planes:
         raise MedmomError(
@@ -122,34 +99,19 @@ def cut_planes(
     return planes
 
 
-def draw_planes(planes: Sequence[Plane], labels: Labels) -> bytes:
-    """Draws planes side by side at one scale: prediction filled, reference outlined.
+def cut_picture(image: np.ndarray, prediction: np.ndarray, reference: np.ndarray) -> Plane:
+    """Gives the one plane of a picture: whole, as it is seen, from its darkest to its brightest value.
 
-    Returns:
-        A PNG.
+    Args:
+        image: Grey values or red, green and blue on any scale, shape (C, X, Y, 1); of other channels the first.
+        prediction: Channel indices, shape (X, Y, 1).
+        reference: Channel indices of the same shape.
     """
-    low, high = _window(planes)
-    widths, heights = zip(*(plane.size for plane in planes), strict=True)
-    gaps = GAP_INCHES * (len(planes) - 1)
-    inches_per_mm = min((WIDTH_INCHES - gaps) / sum(widths), MAX_HEIGHT_INCHES / max(heights))
-    height = inches_per_mm * max(heights)
-    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=DPI, facecolor=BACKGROUND)
-    left = (WIDTH_INCHES - gaps - inches_per_mm * sum(widths)) / 2
-    for plane in planes:
-        across, down = (inches_per_mm * edge for edge in plane.size)
-        bottom = (height - down) / 2
-        axes = figure.add_axes((left / WIDTH_INCHES, bottom / height, across / WIDTH_INCHES, down / height))
-        _draw_plane(axes, plane, labels, (low, high))
-        left += across + GAP_INCHES
-    _draw_scale_bar(figure.axes[0], planes[0].size)
-    return png(figure)
-
-
-def png(figure: Figure) -> bytes:
-    """Renders a figure."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", facecolor=figure.get_facecolor())
-    return stream.getvalue()
+    shown = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
+    low, high = float(shown.min()), float(shown.max())
+    colours = (shown[..., 0].transpose(2, 1, 0) - low) / ((high - low) or 1.0)
+    columns, rows = image.shape[1:3]
+    return Plane("", "", colours, prediction[..., 0].T, reference[..., 0].T, (float(columns), float(rows)))
 
 
 def _to_ras(volume: Volume, array: np.ndarray) -> np.ndarray:
@@ -193,57 +155,3 @@ def _centre(predicted: np.ndarray, drawn: np.ndarray) -> list[int]:
 def _turned(plane: np.ndarray) -> np.ndarray:
     """Rows downwards and columns to the right: right, anterior and superior come first."""
     return np.ascontiguousarray(plane[::-1, ::-1].T)
-
-
-def _window(planes: Sequence[Plane]) -> tuple[float, float]:
-    """Grey values from black to white: the range in and near the structures, so that bone or air does not set it."""
-    near = []
-    for plane in planes:
-        sampling = (plane.size[1] / plane.image.shape[0], plane.size[0] / plane.image.shape[1])
-        mask = (plane.prediction > 0) | (plane.reference > 0)
-        if mask.any():
-            near.append(plane.image[ndimage.distance_transform_edt(~mask, sampling=sampling) <= NEAR_MM])
-    values = np.concatenate(near or [plane.image.ravel() for plane in planes])
-    low, high = (float(value) for value in np.percentile(values, [2, 98]))
-    room = 0.15 * (high - low) or 1.0
-    return low - room, high + room
-
-
-def _draw_plane(axes: Axes, plane: Plane, labels: Labels, window: tuple[float, float]) -> None:
-    extent = (0.0, plane.size[0], 0.0, plane.size[1])
-    axes.imshow(
-        plane.image, cmap="gray", vmin=window[0], vmax=window[1], extent=extent, aspect="auto", interpolation="bicubic"
-    )
-    axes.set_axis_off()
-    for channel, name in enumerate(labels.foreground, start=1):
-        colour = tuple(part / 255 for part in labels.colour(name))
-        found, wanted = ((array == channel).astype(np.float32) for array in (plane.prediction, plane.reference))
-        if found.any():
-            axes.contourf(found, levels=[0.5, 1.5], colors=[colour], alpha=0.42, origin="upper", extent=extent)
-        if wanted.any():
-            outline = axes.contour(wanted, levels=[0.5], colors=[colour], linewidths=1.5, origin="upper", extent=extent)
-            outline.set_path_effects([Stroke(linewidth=3.2, foreground="black", alpha=0.55), Normal()])
-    for letter, (x, y), (across, down) in zip(
-        plane.letters,
-        ((0.015, 0.5), (0.985, 0.5), (0.5, 0.985), (0.5, 0.015)),
-        (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom")),
-        strict=True,
-    ):
-        _write(axes, (x, y), letter, 11, ha=across, va=down, fontweight="bold")
-    _write(axes, (0.015, 0.985), plane.name, 9, ha="left", va="top")
-
-
-def _draw_scale_bar(axes: Axes, size: tuple[float, float]) -> None:
-    """A bar of a round length at the lower right, about a quarter of the plane wide."""
-    lengths = [length for length in (1, 2, 5, 10, 20, 50, 100) if length <= 0.3 * size[0]]
-    if not lengths:
-        return
-    end, low = 0.96 * size[0], 0.04 * size[1]
-    (bar,) = axes.plot([end - lengths[-1], end], [low, low], color="white", linewidth=2, solid_capstyle="butt")
-    bar.set_path_effects(HALO)
-    _write(axes, (1 - 0.04 - lengths[-1] / 2 / size[0], 0.05), f"{lengths[-1]} mm", 8, ha="center", va="bottom")
-
-
-def _write(axes: Axes, place: tuple[float, float], text: str, size: float, **options: Any) -> None:
-    written = axes.text(*place, text, transform=axes.transAxes, color="white", fontsize=size, **options)
-    written.set_path_effects(HALO)

@@ -9,7 +9,7 @@ from medmom.errors import MedmomError
 from medmom.evaluation.listing import Entry, files_by_case, parse_labels
 from medmom.labels import Labels
 
-LABEL_FOLDERS = ("labels", "labelsTr")
+LABEL_FOLDERS = ("labels", "labelsTr", "masks")
 
 
 class References:
@@ -31,7 +31,7 @@ class References:
         """Lists a folder of label maps, or the one that belongs to a single case.
 
         Args:
-            path: A folder with label maps in it or in its ``labels`` or ``labelsTr``, one file, or None.
+            path: A folder with label maps in it or in its ``labels``, ``labelsTr`` or ``masks``, one file, or None.
             single: Name of the case where there is only one prediction, else None.
 
         Raises:

@@ -13,15 +13,16 @@ import jinja2
 from medmom import __version__
 from medmom.data.files import read_json, write_text
 from medmom.errors import MedmomError
+from medmom.evaluation.class_report import CLASS_KEYS, class_page
 from medmom.evaluation.curves import Theme, draw_curves, read_curves
 from medmom.evaluation.listing import files_by_case, parse_labels
 from medmom.evaluation.overlay import Shown, draw_planes, read_planes
-from medmom.evaluation.tables import DEFINITION_TITLES, case_rows, class_rows, headline, ranked, strip
+from medmom.evaluation.tables import DEFINITION_TITLES, case_rows, class_rows, headline, ranked, strip, without_folders
 from medmom.labels import Labels
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = Path(__file__).with_name("report.html")
+CLASSIFICATION = "classification"
 SCORES_PLACES = ("scores.json", "predictions/scores.json", "validation/scores.json")
 SCORES_KEYS = ("labels", "cases", "classes", "mean", "num_cases", "num_missing", "num_both_empty", "definitions")
 IMAGE_FOLDERS = ("images", "imagesTr", "imagesTs")
@@ -44,10 +45,14 @@ def write_report(source: Path, out: Path, *, images: Path | None = None) -> None
     if run.scores_path is not None and Path(out).resolve() == run.scores_path.resolve():
         raise MedmomError(f"{out}: the report would replace the scores it is made from. Give another output.")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["data_url"] = _data_url
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment.get_template("class_report.html" if run.is_classification else "report.html")
     write_text(out, template.render(_page(run, None if images is None else Path(images))))
 
 
@@ -59,6 +64,15 @@ class _Run:
     folder: Path | None
     scores_path: Path | None
     scores: Mapping[str, Any] | None
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether whole images were classified; of a run without scores, its split says so."""
+        if self.scores is not None:
+            return self.scores.get("kind") == CLASSIFICATION
+        split = None if self.folder is None else self.folder / "split.json"
+        content = read_json(split) if split is not None and split.is_file() else None
+        return isinstance(content, dict) and bool(content.get("classes"))
 
 
 def _find(source: Path) -> _Run:
@@ -82,7 +96,9 @@ def _title(folder: Path) -> str:
 
 def _read_scores(path: Path) -> Mapping[str, Any]:
     scores = read_json(path)
-    missing = [key for key in SCORES_KEYS if key not in scores] if isinstance(scores, dict) else list(SCORES_KEYS)
+    is_table = isinstance(scores, dict)
+    wanted = CLASS_KEYS if is_table and scores.get("kind") == CLASSIFICATION else SCORES_KEYS
+    missing = [key for key in wanted if key not in scores] if is_table else list(wanted)
     if missing:
         raise MedmomError(f'{path}: has no "{missing[0]}". Give the scores.json that evaluate wrote.')
     return scores  # type: ignore[no-any-return]
@@ -90,7 +106,8 @@ def _read_scores(path: Path) -> Mapping[str, Any]:
 
 def _page(run: _Run, images: Path | None) -> dict[str, Any]:
     """All that the template shows."""
-    page = {
+    page: dict[str, Any] = {
+        "kind": "Classification" if run.is_classification else "Segmentation",
         "title": run.name,
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         "version": __version__,
@@ -101,9 +118,12 @@ def _page(run: _Run, images: Path | None) -> dict[str, Any]:
     if run.scores is None:
         return page
     scores = run.scores
+    page |= {"scores": scores, "about": _about(scores)}
+    if run.is_classification:
+        assert run.scores_path is not None
+        return page | class_page(scores, run.scores_path, images)
     labels = Labels.from_dict(scores["labels"])
     return page | {
-        "scores": scores,
         "headline": headline(scores),
         "classes": class_rows(scores, labels),
         "strip": strip(scores, labels),
@@ -112,7 +132,6 @@ def _page(run: _Run, images: Path | None) -> dict[str, Any]:
         "class_names": labels.foreground,
         "titles": DEFINITION_TITLES,
         "pictures": _pictures(scores, labels, images),
-        "about": _about(scores),
     }
 
 
@@ -152,7 +171,7 @@ def _run_labels(run: _Run) -> Labels | None:
     if split is not None and split.is_file():
         content = read_json(split)
         return parse_labels(content.get("labels")) if isinstance(content, dict) else None
-    return None if run.scores is None else Labels.from_dict(run.scores["labels"])
+    return None if run.scores is None else parse_labels(run.scores.get("labels"))
 
 
 def _pictures(scores: Mapping[str, Any], labels: Labels, images: Path | None) -> dict[str, Any]:
@@ -170,7 +189,7 @@ def _pictures(scores: Mapping[str, Any], labels: Labels, images: Path | None) ->
             planes = read_planes(image, Path(case["prediction"]), Path(case["reference"]), shown)
         except MedmomError as error:
             logger.warning("%s: no picture (%s)", case["name"], error)
-            problems.append(f"{case['name']}: {_without_folders(str(error))}")
+            problems.append(f"{case['name']}: {without_folders(str(error))}")
             continue
         dice = [
             {"name": name, "colour": labels.colour(name), "dice": found["dice"]}
@@ -205,11 +224,6 @@ def _image(case: Mapping[str, Any], files: Mapping[str, Path]) -> Path | None:
         return files[case["name"]]
     path = case.get("image")
     return Path(path) if path and Path(path).is_file() else None
-
-
-def _without_folders(text: str) -> str:
-    """The report may travel further than the folders it was made in."""
-    return " ".join(Path(word).name + word[len(word.rstrip("/")) :] if "/" in word else word for word in text.split())
 
 
 def _data_url(png: bytes) -> str:

@@ -13,7 +13,7 @@ import scipy
 from tqdm import tqdm
 
 from medmom import __version__
-from medmom.data.files import Volume, check_same_grid, read_geometry, read_label
+from medmom.data.files import Volume, check_same_grid, is_picture, read_geometry, read_label
 from medmom.errors import MedmomError
 from medmom.evaluation.matching import Matched, Matching, match
 from medmom.evaluation.metrics import Scores, definitions, missed_scores, score_classes
@@ -36,10 +36,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores label maps against references, file by file, on the reference's own grid.
 
+    Pictures have no pixel size: their distances are in pixels, and ``notes`` and ``distance_unit`` say so.
+
     Args:
         predictions: A folder of label maps, or one label map.
-        references: A folder with a label map of the same case name for each (its ``labels`` or
-            ``labelsTr`` folder will do), or one label map. None takes the paths that ``cases.json``
+        references: A folder with a label map of the same case name for each (its ``labels``,
+            ``labelsTr`` or ``masks`` folder will do), or one label map. None takes the paths that ``cases.json``
             of the predictions gives.
         cases: List of the cases to score, as ``read_case_list`` reads it. None takes ``cases.json`` in
             the folder of predictions, else every reference. A listed case without a prediction counts
@@ -66,9 +68,11 @@ def evaluate(
         scores = _score_case(case, book, nsd_tolerance)
         rows.append({**_describe(case), "scores": scores})
     names = book.labels.foreground
+    unit, unit_notes = _distance_unit(matching.cases)
     both_empty = Counter(name for row in rows for name, found in row["scores"].items() if found["dice"] is None)
     return {
-        "definitions": definitions(nsd_tolerance),
+        "definitions": definitions(nsd_tolerance, unit),
+        "distance_unit": unit,
         "nsd_tolerance_mm": float(nsd_tolerance),
         "labels": book.labels.as_dict(),
         "reference_labels": book.references.as_dict(),
@@ -77,7 +81,7 @@ def evaluate(
         "num_both_empty": {name: both_empty[name] for name in names},
         **summarise(rows, names),
         "cases": rows,
-        "notes": [*matching.notes, *book.notes],
+        "notes": [*unit_notes, *matching.notes, *book.notes],
         "model": matching.model,
         "versions": {
             "medmom": __version__,
@@ -87,6 +91,16 @@ def evaluate(
             "nibabel": nib.__version__,
         },
     }
+
+
+def _distance_unit(cases: Sequence[Matched]) -> tuple[str, tuple[str, ...]]:
+    """Gives the unit of distances, and a sentence where it is not mm for all cases."""
+    pictures = sum(is_picture(case.reference) for case in cases)
+    if not pictures:
+        return "mm", ()
+    where = "The references are" if pictures == len(cases) else f"{pictures} of {len(cases)} references are"
+    note = f"{where} pictures without a pixel size: there hd95_mm and the tolerance of nsd are in pixels."
+    return "pixels" if pictures == len(cases) else "mm", (note,)
 
 
 def _model_tolerance(model: Any) -> float:
@@ -129,12 +143,18 @@ def _stored_values(cases: Sequence[Matched]) -> Labels:
     values: set[int] = set()
     for case in cases:
         for path in (case.prediction, case.reference):
-            values |= set() if path is None else set(np.unique(read_label(path).array).tolist())
+            values |= set() if path is None else _values(path)
     values.discard(0)
     if not values:
         raise MedmomError(f"{cases[0].reference}: no label map has any class (all voxels 0). Give label maps.")
     ordered = sorted(values)
     return Labels(("background", *map(str, ordered)), (0, *ordered))
+
+
+def _values(path: Path) -> set[int]:
+    values = set(np.unique(read_label(path).array).tolist())
+    # A black and white mask and one of 0 and 1 say the same.
+    return {0, 1} if is_picture(path) and values <= {0, 255} and values != {0} else values
 
 
 def _describe(case: Matched) -> dict[str, Any]:
@@ -154,7 +174,8 @@ def _score_case(case: Matched, book: _LabelBook, tolerance: float) -> dict[str, 
     if case.prediction is None:
         diagonal = read_geometry(case.reference).diagonal
         return {name: missed_scores(diagonal) for name in names}
-    reference, prediction = read_label(case.reference), read_label(case.prediction)
+    reference = read_label(case.reference, book.references)
+    prediction = read_label(case.prediction, book.labels)
     check_same_grid(reference, prediction)
     channels = {book.labels.channel(name): name for name in names}
     scores = score_classes(

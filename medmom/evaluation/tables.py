@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from medmom.evaluation.metrics import METRICS
@@ -52,13 +53,18 @@ def ranked(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [case for _, case in sorted(known, key=lambda pair: (-pair[0], pair[1]["name"]))]
 
 
+def without_folders(text: str) -> str:
+    """The text with each path cut to its file name: a report may travel further than the folders it was made in."""
+    return " ".join(Path(word).name + word[len(word.rstrip("/")) :] if "/" in word else word for word in text.split())
+
+
 def headline(scores: Mapping[str, Any]) -> list[dict[str, str]]:
     """The few numbers at the top of the report."""
-    mean = scores["mean"]
+    mean, unit = scores["mean"], scores.get("distance_unit", "mm")
     titles = {
         "dice": "Mean Dice",
-        "nsd": f"Surface Dice at {scores['nsd_tolerance_mm']:g} mm",
-        "hd95_mm": "HD95 in mm",
+        "nsd": f"Surface Dice at {scores['nsd_tolerance_mm']:g} {unit}",
+        "hd95_mm": f"HD95 in {unit}",
     }
     return [
         {"title": title, "value": _number(mean[metric]["mean"], metric), "interval": _interval(mean[metric], metric)}

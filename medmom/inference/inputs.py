@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medmom.data.case import CaseFiles
-from medmom.data.files import is_image, read_json, stem
+from medmom.data.files import is_image, is_picture, picture_channels, read_json, stem
 from medmom.errors import MedmomError
 from medmom.package import package_folder
 
@@ -23,7 +23,9 @@ def find_inputs(inputs: Sequence[str | Path], num_channels: int) -> list[CaseFil
     A folder stands for the images that lie directly in it. nnU-Net's channel files (``case_0000.nii.gz``,
     ``case_0001.nii.gz``) are one case named ``case``: always where the model takes several channels; where it takes
     one, only if every file is named so and every case has the same channels (``patient_0001`` to ``patient_0100``
-    are a hundred cases). A channel file that is missing is named when the case is read.
+    are a hundred cases). A channel file that is missing is named when the case is read. Pictures are one case together
+    only where they are grey and as many as the model's channels, from 0000 on; one picture with all channels that is
+    named ``case_0000`` is ``case`` where all are named so.
 
     Args:
         inputs: Paths and globs. A path that does not exist is a case that cannot be read.
@@ -98,7 +100,7 @@ def _images(folder: Path) -> list[Path]:
         return images
     below = [path for path in entries if path.is_dir() and any(map(_is_shown, path.iterdir()))]
     hint = f"Give {below[0]}." if below else "Give another folder; convert other formats, such as DICOM series, first."
-    raise MedmomError(f"{folder}: there is no NIfTI image in this folder. {hint}")
+    raise MedmomError(f"{folder}: there is no NIfTI image and no picture in this folder. {hint}")
 
 
 def _is_shown(path: Path) -> bool:
@@ -106,16 +108,7 @@ def _is_shown(path: Path) -> bool:
 
 
 def _cases(files: Sequence[Path], num_channels: int) -> Iterator[CaseFiles]:
-    groups = _channel_groups(files)
-    shared = {tuple(sorted(group)) for group in groups.values()}
-    if num_channels == 1:
-        every = sum(map(len, groups.values())) == len(files) and len(shared) == 1
-        numbers = next(iter(shared), ())
-        in_order = numbers == tuple(range(len(numbers))) and (len(numbers) == 1 or len(groups) > 1)
-        groups = groups if every and in_order else {}
-    else:
-        # One file without brothers may hold all channels itself.
-        groups = {key: group for key, group in groups.items() if 0 in group and len(group) > 1}
+    groups = _named_by_channel(files, num_channels)
     for path in files:
         key = _channel_key(path)
         group = None if key is None else groups.get(key[:2])
@@ -123,7 +116,38 @@ def _cases(files: Sequence[Path], num_channels: int) -> Iterator[CaseFiles]:
             yield CaseFiles(stem(path), (path,), None, stem(path))
         elif path == next(iter(group.values())):
             name = key[1]
-            yield CaseFiles(name, _channel_files(name, group, num_channels), None, name)
+            images = (path,) if is_picture(path) and len(group) == 1 else _channel_files(name, group, num_channels)
+            yield CaseFiles(name, images, None, name)
+
+
+def _named_by_channel(files: Sequence[Path], num_channels: int) -> dict[tuple[Path, str], Channels]:
+    """Files whose names end in the number of a channel, rather than of a case, by case."""
+    groups = _channel_groups(files)
+    shared = {tuple(sorted(group)) for group in groups.values()}
+    every = sum(map(len, groups.values())) == len(files) and len(shared) == 1
+    numbers, has_pictures = next(iter(shared), ()), any(map(is_picture, files))
+    if every and numbers == (0,) and (num_channels == 1 or all(map(is_picture, files))):
+        return groups
+    if num_channels > 1:
+        # One file without brothers may hold all channels itself.
+        return {key: group for key, group in groups.items() if _is_joined(group, num_channels)}
+    in_order = numbers == tuple(range(len(numbers))) and len(groups) > 1
+    return groups if every and in_order and not has_pictures else {}
+
+
+def _is_joined(group: Channels, num_channels: int) -> bool:
+    """Whether files with channel numbers are channels of one case; pictures might be frames of a film."""
+    if not is_picture(next(iter(group.values()))):
+        return 0 in group and len(group) > 1
+    return sorted(group) == list(range(num_channels)) and not any(map(_has_colours, group.values()))
+
+
+def _has_colours(picture: Path) -> bool:
+    try:
+        return picture_channels(picture) > 1
+    except MedmomError:
+        # Reading the case will name what is wrong.
+        return False
 
 
 def _channel_groups(files: Sequence[Path]) -> dict[tuple[Path, str], Channels]:

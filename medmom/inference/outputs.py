@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 
 from medmom.data.case import CaseFiles
-from medmom.data.files import Volume, read_json, stem, write_json, write_label
+from medmom.data.files import Volume, is_picture, read_json, stem, write_json, write_label
 from medmom.errors import MedmomError
 from medmom.labels import Labels
 
 LIST = "cases.json"
 
-FILE_SUFFIXES = (".nii", ".nii.gz")
+FILE_SUFFIXES = (".nii", ".nii.gz", ".png")
 
-OTHER_SUFFIXES = (".hdr", ".img", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".dcm", ".png", ".jpg", ".json")
+OTHER_SUFFIXES = (
+    *(".hdr", ".img", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".dcm", ".json"),
+    *(".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"),
+)
 """Names that say an output file is meant, of a kind that is not written."""
 
 
@@ -40,7 +43,7 @@ def plan_outputs(cases: Sequence[CaseFiles], out: Path) -> Outputs:
 
     Args:
         cases: What is to be predicted.
-        out: A file (``.nii`` or ``.nii.gz``) for one case, else a folder.
+        out: A file for one case (``.nii`` or ``.nii.gz``, ``.png`` for a picture), else a folder.
 
     Returns:
         Paths; nothing is written yet, and no folder made.
@@ -90,10 +93,11 @@ def _plan(cases: Sequence[CaseFiles], out: Path) -> Outputs:
     if is_file and len(cases) > 1:
         raise MedmomError(f"{out}: one file for {len(cases)} images. Name a folder.")
     if is_file:
+        _check_kind(out, cases[0])
         outputs = Outputs((out,), None)
     else:
         _check_folder(out, cases)
-        outputs = Outputs(tuple(out / f"{case.name}.nii.gz" for case in cases), out / LIST)
+        outputs = Outputs(tuple(out / f"{case.name}{_suffix(case)}" for case in cases), out / LIST)
     _check_inputs_are_safe(outputs, cases)
     for path in outputs.predictions:
         _check_is_ours(path, sidecar_path(path))
@@ -103,11 +107,26 @@ def _plan(cases: Sequence[CaseFiles], out: Path) -> Outputs:
     return outputs
 
 
+def _suffix(case: CaseFiles) -> str:
+    """A picture's label map is a picture, without loss; a volume's keeps its place in space."""
+    return ".png" if is_picture(case.images[0]) else ".nii.gz"
+
+
+def _check_kind(out: Path, case: CaseFiles) -> None:
+    if is_picture(out) != is_picture(case.images[0]):
+        wanted, kind = (".png", "a picture") if is_picture(case.images[0]) else (".nii.gz or .nii", "a NIfTI image")
+        raise MedmomError(
+            f"{out}: label maps are written as {wanted} for {kind} such as {case.images[0].name}. Name such a file."
+        )
+
+
 def _check_folder(out: Path, cases: Sequence[CaseFiles]) -> None:
     if not out.is_dir() and out.suffix.lower() in OTHER_SUFFIXES:
-        raise MedmomError(f"{out}: label maps are written as .nii.gz or .nii. Name such a file, or a folder.")
+        raise MedmomError(
+            f"{out}: label maps are written as .nii.gz or .nii, of pictures as .png. Name such a file, or a folder."
+        )
     if out.exists() and not out.is_dir():
-        raise MedmomError(f"{out}: this is a file. Name a folder, or a .nii.gz file for one image.")
+        raise MedmomError(f"{out}: this is a file. Name a folder, or a .nii.gz (picture: .png) file for one image.")
     for case in cases:
         if Path(case.name).name != case.name or case.name == stem(LIST):
             raise MedmomError(f"{case.images[0]}: a prediction cannot be named {case.name!r}. Rename the case.")

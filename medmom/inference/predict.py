@@ -118,7 +118,7 @@ class Predictor:
 
             def network(window: torch.Tensor) -> torch.Tensor:
                 logits: torch.Tensor = self._network(window)
-                bar.update()
+                bar.update(len(window))
                 return logits
 
             # Plain tensors: MONAI handles MetaTensors several times slower.

@@ -2,33 +2,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import SliceInferer, SlidingWindowInferer
 
 
 def sliding_window(patch: Sequence[int], *, overlap: float = 0.5, batch_size: int = 1) -> SlidingWindowInferer:
     """Gives the way a whole case runs through a network: windows of the patch's size, blended by a Gaussian.
 
-    The same in validation and in predict.
+    The same in validation and in predict. A window of two edges runs slice by slice, along the third axis.
 
     Args:
-        patch: Voxels of a window along each axis.
+        patch: Voxels of a window along each axis, two or three.
         overlap: Share of a window that the next one covers again.
         batch_size: Windows that run through the network at once.
 
     Returns:
-        A function of (image (B, C, *spatial), network) that gives logits (B, K, *spatial).
+        A function of (image (B, C, X, Y, Z), network) that gives logits (B, K, X, Y, Z).
 
     Source:
         Isensee et al. 2021, doi:10.1038/s41592-020-01008-z: half overlap and Gaussian weights.
     """
-    return SlidingWindowInferer(
-        roi_size=tuple(patch), sw_batch_size=batch_size, overlap=overlap, mode="gaussian", progress=False
-    )
+    kind = partial(SliceInferer, spatial_dim=2) if len(patch) == 2 else SlidingWindowInferer
+    return kind(roi_size=tuple(patch), sw_batch_size=batch_size, overlap=overlap, mode="gaussian", progress=False)
 
 
 def num_windows(shape: Sequence[int], patch: Sequence[int], *, overlap: float = 0.5) -> int:
-    """Counts the windows of ``sliding_window`` over an image of this shape."""
+    """Counts the windows of ``sliding_window`` over an image of this shape (X, Y, Z)."""
+    patch = (*patch, 1) if len(patch) == 2 else patch
     steps = [1 if size == edge else max(1, int(edge * (1 - overlap))) for size, edge in zip(shape, patch, strict=True)]
     over = [max(0, size - edge) for size, edge in zip(shape, patch, strict=True)]
     return math.prod(-(-more // step) + 1 for more, step in zip(over, steps, strict=True))

@@ -18,6 +18,11 @@ class DiceCrossEntropy(nn.Module):
     before the loss, so that the network may tell them apart without being corrected. Voxels with label 255 count
     nowhere. Of several outputs (deep supervision) output i weighs 1/2^i, the lowest next to nothing.
 
+    Of two classes the softmax is a sigmoid of the difference of their logits. With ``smooth`` 1 and one output this
+    is then the loss that is usual for one logit ``z``: binary cross-entropy plus
+    ``1 - (2 sum p t + 1) / (sum p + sum t + 1)`` with ``p = sigmoid(z)`` over all pixels of the batch, where ``z`` is
+    that difference and ``p > 1/2`` is the argmax.
+
     Args:
         dice_weight: Weight of the Dice loss.
         cross_entropy_weight: Weight of the cross-entropy.
@@ -26,7 +31,8 @@ class DiceCrossEntropy(nn.Module):
         smooth: Added to both sides of the Dice fraction.
 
     Source:
-        Isensee et al. 2021, doi:10.1038/s41592-020-01008-z; merging after Fang and Yan 2020, arXiv:2001.00208.
+        Isensee et al. 2021, doi:10.1038/s41592-020-01008-z; merging after Fang and Yan 2020, arXiv:2001.00208. The
+        loss of one logit is that of the code of Jha et al. 2023, arXiv:2303.07428.
     """
 
     def __init__(
