@@ -123,7 +123,7 @@ def save_package(
     table = classes if labels is None else labels
     if table is None or None not in (labels, classes):
         raise ValueError("a package has either labels or classes")
-    _check_fit(network, table, channels, novelty)
+    _check_fit(network, table, channels)
     tensors = dict(network.state_dict())
     description = {
         "schema": SCHEMA,
@@ -229,7 +229,7 @@ def _package(folder: Path, description: Mapping[str, Any], tensors: Mapping[str,
     network = _build(description["network"], weights)
     numbers, slices = description.get("novelty"), description.get("slices")
     novelty = None if numbers is None else Novelty.from_parts(numbers, extra)
-    _check_fit(network, table, channels, novelty)
+    _check_fit(network, table, channels)
     return Package(
         folder=folder,
         network=network,
@@ -271,7 +271,7 @@ def _arguments(network: nn.Module) -> dict[str, Any]:
     return dict(arguments)
 
 
-def _check_fit(network: nn.Module, table: Labels | Classes, channels: Sequence[str], novelty: Novelty | None) -> None:
+def _check_fit(network: nn.Module, table: Labels | Classes, channels: Sequence[str]) -> None:
     name, arguments = type(network).__name__, _arguments(network)
     if (name in CLASSIFIERS) != isinstance(table, Classes):
         raise ValueError(f"a {name} for {'classes of images' if isinstance(table, Classes) else 'labels of voxels'}")
@@ -280,8 +280,6 @@ def _check_fit(network: nn.Module, table: Labels | Classes, channels: Sequence[s
             f"a network from {arguments['in_channels']} to {arguments['out_channels']} channels, for {len(channels)} "
             f"image channels and {table.num_channels} {'classes' if isinstance(table, Classes) else 'labels'}"
         )
-    if novelty is not None and novelty.means.shape[1] != arguments["channels"][-1]:
-        raise ValueError(f"novelty of {novelty.means.shape[1]} features, the network has {arguments['channels'][-1]}")
 
 
 def _checked_temperature(value: float) -> float:

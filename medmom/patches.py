@@ -35,7 +35,7 @@ def draw_patches(recipe: RecipeFile, out: Path, *, quiet: bool = False) -> Path:
     built, run = recipe.build(), job.run
     num_cases = min(CASES, len(run.train))
     places = [k * len(run.train) // num_cases for k in range(num_cases)]
-    samples = [sample for k in places for sample in job.samples(built, k, range(DRAWS))]
+    samples = [sample for k in places for sample in job.samples(built, k, range(DRAWS * k, DRAWS * (k + 1)))]
     write_sheet(
         samples,
         out,

@@ -21,9 +21,10 @@ from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
 from medmom.inference import class_predict as room
 from medmom.inference import class_predictor
+from medmom.inference.appearance import appearance
 from medmom.inference.class_predict import ClassPredictor, predict_classes
 from medmom.inference.explain import SOFTWARE
-from medmom.inference.novelty import fit_novelty, pooled_features, summarise
+from medmom.inference.novelty import fit_novelty, summarise
 from medmom.models import MomentumResNet, SliceClassifier
 from medmom.package import load_package, save_package
 
@@ -235,12 +236,13 @@ def test_batch_that_is_too_large_for_memory_is_split(
 
 
 def with_novelty(folder: Path) -> Path:
-    network, rng = tiny_classifier(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 1, 16, 16)).astype(np.float32)
-    features = pooled_features(network, torch.from_numpy(images / 255)).numpy()
+    looks = np.stack([appearance(image / 255, (0.0, 1.0)) for image in images])
     summaries = np.stack([summarise(image) for image in images])
     targets = np.eye(3)[np.arange(60) % 3]
-    novelty = fit_novelty(features[:40], summaries[:40], targets[:40], validation_features=features[40:])
+    validation = (looks[40:], targets[40:])
+    novelty = fit_novelty(looks[:40], targets[:40], summaries[:40], validation=validation, span=(0.0, 1.0))
     return save_classifier(folder, novelty=novelty)
 
 
@@ -254,7 +256,7 @@ def test_image_unlike_those_of_training_is_flagged(tmp_path: Path) -> None:
     outcomes = predict_classes(model, [tmp_path / "in"], tmp_path / "classes.csv", quiet=True, explain=True)
     flags = {row["case"]: row["flag"] for row in rows(tmp_path / "classes.csv")}
     assert flags["blank"] == "blank image"
-    assert flags["stripes"].startswith("unlike the training images (distance ")
+    assert flags["stripes"].startswith("unlike the training images (")
     assert flags["usual"] == ""
     assert [outcome.flag for outcome in outcomes] == [flags[outcome.case.name] for outcome in outcomes]
 

@@ -10,10 +10,11 @@ from PIL import Image
 from medmom.data.casefiles import CaseFiles
 from medmom.data.class_images import read_class_case
 from medmom.data.class_survey import survey_classes
-from medmom.errors import MedmomError
-from medmom.inference.novelty import Novelty, _shrunk_covariance, fit_novelty, look, pooled_features, summarise
-from medmom.models import MomentumResNet, SliceClassifier, cls2d_xs
+from medmom.inference.appearance import appearance
+from medmom.inference.novelty import Novelty, _shrunk_covariance, fit_novelty, look, summarise
+from medmom.models import MomentumResNet, SliceClassifier
 
+SPAN = (0.0, 1.0)
 USUAL = np.array([0.0, 2.0, 80.0, 240.0, 255.0, 0.1], np.float32)
 
 
@@ -27,23 +28,24 @@ def tiny_classifier(
 
 
 def fitted(num: int = 400, width: int = 8, *, classes: int = 2, seed: int = 0) -> tuple[Novelty, np.ndarray]:
-    """Classes of which the k-th lies 20 along axis k, with deviations 1, 2, ..., width."""
+    """Classes of which the k-th lies 20 along axis k, with deviations 1, 2, ..., width, times k + 1."""
     rng = np.random.default_rng(seed)
     known = np.arange(num) % classes
-    features = rng.normal(size=(num, width)) * np.arange(1, width + 1) + 20 * np.eye(width)[known]
+    looks = rng.normal(size=(num, width)) * np.arange(1, width + 1) * (known[:, None] + 1) + 20 * np.eye(width)[known]
     summaries = USUAL + rng.normal(size=(num, 6)) * [0, 0.5, 5, 3, 0, 0.01]
-    half = num // 2
-    novelty = fit_novelty(
-        features[:half], summaries[:half], np.eye(classes)[known[:half]], validation_features=features[half:]
-    )
-    return novelty, features[half:]
+    half, targets = num // 2, np.eye(classes)[known]
+    validation = (looks[half:], targets[half:])
+    return fit_novelty(looks[:half], targets[:half], summaries[:half], validation=validation, span=SPAN), looks[half:]
 
 
-def test_distance_is_that_to_the_closest_class_in_deviations() -> None:
+def test_distance_is_that_to_the_closest_class_in_deviations_of_the_class() -> None:
     novelty, _ = fitted(200_000)
     far = np.zeros((2, 8))
-    far[0, :2], far[1, :2] = (20 + 5, 0), (0, 20 + 5 * 2)
-    np.testing.assert_allclose(novelty.distance(far), 5, rtol=0.02)
+    far[0, :2], far[1, :2] = (20 + 5 * 1, 0), (0, 20 + 5 * 2 * 2)
+    found = novelty.distance(far) * novelty.thresholds
+    np.testing.assert_allclose(found, 5, rtol=0.02)
+    # Both classes have one distribution but for its scale.
+    np.testing.assert_allclose(*novelty.thresholds, rtol=0.02)
 
 
 def test_covariance_is_shrunk_as_the_formula_says() -> None:
@@ -58,90 +60,101 @@ def test_covariance_is_shrunk_as_the_formula_says() -> None:
     np.testing.assert_allclose(_shrunk_covariance(rows), (1 - share) * empirical + share * scale * np.eye(5))
 
 
-@pytest.mark.parametrize("rows", [np.zeros((4, 3)), np.ones((1, 3)) * 0])
-def test_features_that_never_change_have_finite_distances(rows: np.ndarray) -> None:
-    summaries = np.tile(USUAL, (len(rows), 1))
-    novelty = fit_novelty(rows, summaries, np.ones((len(rows), 1)), validation_features=rows)
+@pytest.mark.parametrize("rows", [np.zeros((24, 3)), np.zeros((1, 3))])
+def test_looks_that_never_change_have_finite_distances(rows: np.ndarray) -> None:
+    targets = np.ones((len(rows), 1))
+    novelty = fit_novelty(rows, targets, np.tile(USUAL, (len(rows), 1)), validation=(rows, targets), span=SPAN)
     assert np.isfinite(novelty.distance(rows + 1)).all()
-    assert novelty.flag(rows[0], USUAL) == ""
+    assert (novelty.distance(rows) <= 1).all()
 
 
-def test_one_in_a_hundred_validation_images_is_flagged() -> None:
-    novelty, validation = fitted(4000)
-    flags = [novelty.flag(features, USUAL) for features in validation]
-    assert sum(map(bool, flags)) == 20
+def test_one_in_a_hundred_validation_images_is_beyond_the_usual() -> None:
+    novelty, validation = fitted(8000, classes=1)
+    assert np.sum(novelty.distance(validation) > 1) == 40
 
 
-def test_more_features_than_images_still_tell_strangers() -> None:
+def test_more_numbers_than_images_still_tell_strangers() -> None:
     novelty, validation = fitted(60, 100)
-    assert np.mean(novelty.distance(validation + 60) > novelty.threshold) > 0.9
+    assert np.mean(novelty.distance(validation + 150) > 1) > 0.9
 
 
-def test_strangers_are_flagged_with_distance_and_threshold() -> None:
-    novelty, validation = fitted()
-    assert novelty.flag(validation[0], USUAL) == ""
-    assert novelty.flag(validation[0] + 100, USUAL).startswith("unlike the training images (distance ")
-    assert novelty.flag(np.full(8, np.nan), USUAL) != ""
+def test_class_of_few_images_borrows_from_the_others() -> None:
+    rng = np.random.default_rng(0)
+    looks, targets = rng.normal(size=(103, 4)), np.eye(2)[[0] * 100 + [1] * 3]
+    novelty = fit_novelty(looks, targets, np.tile(USUAL, (103, 1)), validation=(looks, targets), span=SPAN)
+    # The three spoil the common covariance little, and have no threshold of their own.
+    assert novelty.thresholds[1] == novelty.thresholds[0]
+    np.testing.assert_allclose(np.linalg.norm(novelty.whitening[1], axis=1), 1, rtol=0.4)
+
+
+def picture(seed: int = 0, size: tuple[int, ...] = (1, 24, 20)) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0, 1, size).astype(np.float32)
+
+
+def of_pictures(classes: int = 1) -> Novelty:
+    looks = np.stack([appearance(picture(seed), SPAN) for seed in range(60)])
+    targets = np.eye(classes)[np.arange(60) % classes]
+    summaries = np.tile(USUAL, (60, 1))
+    return fit_novelty(looks[:40], targets[:40], summaries[:40], validation=(looks[40:], targets[40:]), span=SPAN)
+
+
+def test_strangers_are_flagged_with_their_distance() -> None:
+    novelty = of_pictures()
+    assert novelty.flag(picture(80), USUAL) == ""
+    assert novelty.flag(picture(80) ** 3, USUAL).startswith("unlike the training images (")
+    assert novelty.flag(np.repeat(picture(80)[:, ::2], 2, axis=1), USUAL).endswith(" times as far from them as usual)")
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 200), (2, -400), (4, 3000), (5, 0.9)])
 def test_other_intensities_are_flagged(place: int, value: float) -> None:
-    novelty, validation = fitted()
     summary = USUAL.copy()
     summary[place] = value
-    assert novelty.flag(validation[0], summary).startswith("intensities unlike the training images (")
-    assert f"{value:.3g}" in novelty.flag(validation[0], summary)
+    found = of_pictures().flag(picture(80), summary)
+    assert found.startswith("intensities unlike the training images (")
+    assert f"{value:.3g}" in found
 
 
 def test_blank_image_is_flagged_as_such() -> None:
-    novelty, validation = fitted()
-    assert novelty.flag(validation[0], np.array([7, 8, 9, 10, 255, 0.1])) == "blank image"
+    assert of_pictures().flag(picture(), np.array([7, 8, 9, 10, 255, 0.1])) == "blank image"
 
 
 def test_images_of_several_classes_have_one_mean() -> None:
     rng = np.random.default_rng(0)
-    features, summaries = rng.normal(size=(50, 4)), np.tile(USUAL, (50, 1))
+    looks, summaries = rng.normal(size=(50, 4)), np.tile(USUAL, (50, 1))
     targets = rng.integers(0, 2, size=(50, 3))
-    assert fit_novelty(features, summaries, targets, validation_features=features).means.shape == (1, 4)
-    single = fit_novelty(features, summaries, np.eye(3)[[0, 2] * 25], validation_features=features)
-    assert single.means.shape == (2, 4), "a class without images has no mean"
-
-
-def test_diverged_network_is_refused() -> None:
-    features = np.full((4, 3), np.nan)
-    with pytest.raises(MedmomError, match="features are not finite; train again"):
-        fit_novelty(features, np.tile(USUAL, (4, 1)), np.ones((4, 1)), validation_features=features)
+    several = fit_novelty(looks, targets, summaries, validation=(looks, targets), span=SPAN)
+    assert several.means.shape == (1, 4)
+    single = np.eye(3)[[0, 2] * 25]
+    assert fit_novelty(looks, single, summaries, validation=(looks, single), span=SPAN).means.shape == (2, 4), (
+        "a class without images has no mean"
+    )
 
 
 def test_parts_give_the_same_novelty_again() -> None:
-    novelty, validation = fitted()
+    novelty = of_pictures(2)
     again = Novelty.from_parts(novelty.as_dict(), novelty.tensors())
-    assert (again.threshold, again.ranges, again.contrast) == (novelty.threshold, novelty.ranges, novelty.contrast)
-    np.testing.assert_array_equal(again.distance(validation), novelty.distance(validation))
+    assert (again.span, again.ranges, again.contrast) == (novelty.span, novelty.ranges, novelty.contrast)
+    assert again.flag(picture(3) ** 2, USUAL) == novelty.flag(picture(3) ** 2, USUAL) != ""
     with pytest.raises(ValueError, match="novelty of"):
         Novelty.from_parts({**novelty.as_dict(), "ranges": []}, novelty.tensors())
 
 
-def test_features_are_what_the_linear_layer_reads() -> None:
+def test_logits_are_those_of_the_network() -> None:
     network = tiny_classifier()
     image = torch.rand(5, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     found = look(network, image)
     assert found.slices is None
-    torch.testing.assert_close(network.head.linear(found.features).detach(), found.logits)
     torch.testing.assert_close(found.logits, network(image).detach())
-    torch.testing.assert_close(pooled_features(network, image), found.features)
-    assert not network.head.linear._forward_pre_hooks
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-def test_features_of_a_volume_are_those_of_all_its_slices(pooling: str) -> None:
+def test_logits_of_a_volume_come_with_those_of_its_slices(pooling: str) -> None:
     network = tiny_classifier(kind=SliceClassifier, pooling=pooling)
     image = torch.rand(2, 1, 16, 16, 5, generator=torch.Generator().manual_seed(0))
     found = look(network, image)
     assert found.slices is not None
-    assert found.features.shape == (2, 6)
     assert found.slices.shape == (2, 5, 3)
-    torch.testing.assert_close(network.head.linear(found.features).detach(), found.logits)
+    torch.testing.assert_close(found.logits, network(image).detach())
     torch.testing.assert_close(found.slices, network.slice_logits(image).detach())
 
 
@@ -153,40 +166,21 @@ def test_summary_is_that_of_the_survey(tmp_path: Path) -> None:
     np.testing.assert_array_equal(summarise(read_class_case(case).image), surveyed)
 
 
-@pytest.mark.slow
-def test_chest_radiographs_are_no_ct(shared_data: Path) -> None:
+@pytest.mark.parametrize("known", [("AbdomenCT", "ChestCT", "HeadCT"), ("ChestCT", "HeadCT", "Hand")])
+def test_real_images_of_another_kind_are_flagged(known: tuple[str, ...], shared_data: Path) -> None:
     folder = shared_data / "classify-mednist" / "public"
-    images = {name: _images(folder / name) for name in ("AbdomenCT", "ChestCT", "HeadCT", "CXR")}
-    known = [name for name in images if name.endswith("CT")]
-    # Neighbours are slices of one scan: the last fifth of the numbering validates.
-    parts = {name: (found[: len(found) * 4 // 5], found[len(found) * 4 // 5 :]) for name, found in images.items()}
-    training = torch.cat([parts[name][0] for name in known])
-    targets = torch.arange(3).repeat_interleave(len(training) // 3)
-    torch.manual_seed(0)
-    network = cls2d_xs(1, 3)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    for _ in range(60):
-        chosen = torch.randint(len(training), (32,))
-        loss = torch.nn.functional.cross_entropy(network(training[chosen]), targets[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    network.eval()
-    features = {name: pooled_features(network, torch.cat([parts[name][1]])).numpy() for name in images}
-    summaries = np.stack([summarise(255 * image.numpy()) for image in training])
-    held_out = {name: (found[::2], found[1::2]) for name, found in features.items()}
-    novelty = fit_novelty(
-        pooled_features(network, training).numpy(),
-        summaries,
-        np.eye(3)[targets],
-        validation_features=np.concatenate([held_out[name][0] for name in known]),
-    )
-    false_alarms = np.mean(novelty.distance(np.concatenate([held_out[name][1] for name in known])) > novelty.threshold)
-    found = np.mean(novelty.distance(features["CXR"]) > novelty.threshold)
-    assert false_alarms < 0.1
-    assert found > 0.5
+    looks = {path.name: _looks(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    # Neighbours are slices of one scan: training, thresholds and false alarms come from parts of the numbering.
+    parts = {name: np.split(found, [len(found) * 3 // 5, len(found) * 4 // 5]) for name, found in looks.items()}
+    training, validation, test = (np.concatenate([parts[name][part] for name in known]) for part in range(3))
+    targets, wanted = (np.eye(3)[np.arange(len(part)) * 3 // len(part)] for part in (training, validation))
+    summaries = np.tile(USUAL, (len(training), 1))
+    novelty = fit_novelty(training, targets, summaries, validation=(validation, wanted), span=SPAN)
+    assert np.mean(novelty.distance(test) > 1) < 0.05
+    for name in looks.keys() - set(known):
+        assert np.mean(novelty.distance(looks[name]) > 1) > 0.8, name
 
 
-def _images(folder: Path) -> torch.Tensor:
-    pictures = [np.asarray(Image.open(path), np.float32).T / 255 for path in sorted(folder.glob("*.jpeg"))[::3]]
-    return torch.from_numpy(np.stack(pictures))[:, None]
+def _looks(folder: Path) -> np.ndarray:
+    pictures = [np.asarray(Image.open(path), np.float32).T[None] / 255 for path in sorted(folder.glob("*.jpeg"))]
+    return np.stack([appearance(picture, SPAN) for picture in pictures])

@@ -79,10 +79,11 @@ def tiny_classifier(out_channels: int = 3, kind: str = "MomentumResNet", **optio
         return network.eval()
 
 
-def tiny_novelty(width: int = 6) -> Novelty:
+def tiny_novelty() -> Novelty:
     rng = np.random.default_rng(0)
-    means, whitening = (rng.normal(size=(rows, width)).astype(np.float32) for rows in (3, width))
-    return Novelty(means, whitening, 1 / 3, tuple((k - 0.1, k + np.pi) for k in range(6)), 0.7)
+    means, whitening = (rng.normal(size=shape).astype(np.float32) for shape in ((3, 6), (3, 6, 6)))
+    thresholds = np.array([1 / 3, 0.5, 2], np.float32)
+    return Novelty(means, whitening, thresholds, (0.0, 1.0), tuple((k - 0.1, k + np.pi) for k in range(6)), 0.7)
 
 
 def save_classifier(folder: Path, network: torch.nn.Module | None = None, **changes: Any) -> Path:
@@ -159,7 +160,7 @@ def test_network_must_do_what_the_table_says(tmp_path: Path, copy: Path) -> None
     [
         ({"temperature": 0.0}, "a temperature of 0.0"),
         ({"temperature": float("nan")}, "a temperature of nan"),
-        ({"novelty": tiny_novelty(5)}, "novelty of 5 features, the network has 6"),
+        ({"temperature": float("inf")}, "a temperature of inf"),
         ({"classes": Classes(("a", "b"))}, "for 1 image channels and 2 classes"),
     ],
 )

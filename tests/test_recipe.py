@@ -10,14 +10,16 @@ import yaml
 from torch import nn
 
 from medmom import optim
-from medmom.data.augment import monai_transforms, volume_transforms
+from medmom.data.augment import monai_transforms
 from medmom.errors import MedmomError
-from medmom.network import build_network
+from medmom.network import build_network, job_of
 from medmom.recipe import SECTIONS, describe_keys, known_keys
 from medmom.recipe_file import RecipeFile, recipe_path, shipped_recipes
+from medmom.tasks.class_losses import ClassificationLoss
 from medmom.tasks.losses import DiceCrossEntropy
 
 SHIPPED = sorted(shipped_recipes())
+CLASSIFYING = ("abdomen_pelvis", "modality", "organ_slices")
 TORCH_OPTIMIZERS = sorted(
     name
     for name, kind in vars(torch.optim).items()
@@ -55,28 +57,33 @@ def demo_fault(*overrides: str) -> str:
 
 
 def test_the_six_recipes_are_shipped() -> None:
-    assert SHIPPED == ["colon", "ct_organs", "demo", "hippocampus", "liver", "lung"]
+    volumes = ["colon", "ct_organs", "demo", "hippocampus", "liver", "lung"]
+    slices = ["liver_slices", "lung_slices", "polyps", "polyps_paper"]
+    assert sorted(SHIPPED) == sorted([*volumes, *slices, *CLASSIFYING])
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_is_read_and_its_objects_are_built(name: str) -> None:
     recipe = RecipeFile(recipe_path(name)).build()
-    assert isinstance(recipe.loss, DiceCrossEntropy)
+    assert isinstance(recipe.loss, ClassificationLoss if name in CLASSIFYING else DiceCrossEntropy)
     assert {section: type(getattr(recipe, section)) for section in SECTIONS} == SECTIONS
-    assert isinstance(recipe.optimizer([nn.Parameter(torch.zeros(1))]), optim.HeavyBall)
-    assert volume_transforms(recipe.data.patch, mirror=recipe.data.mirror)
-    assert monai_transforms(recipe.data.transforms) == []
+    assert isinstance(recipe.optimizer([nn.Parameter(torch.zeros(1))]), torch.optim.Optimizer)
+    shape = (3, *recipe.data.patch)
+    listed = monai_transforms(recipe.data.transforms, intensity=recipe.preparation.intensity, shape=shape)
+    assert len(listed) == (name == "polyps_paper")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_network_of_a_shipped_recipe_takes_its_patch(name: str) -> None:
     recipe = RecipeFile(recipe_path(name)).build()
+    assert job_of(recipe) == ("classification" if name in CLASSIFYING else "segmentation")
     with torch.device("meta"):
         network = build_network(recipe, 2, 3)
         divisor = network.divisor
-        assert [n % d for n, d in zip(recipe.data.patch, divisor, strict=True)] == [0, 0, 0]
-        outputs = network.train()(torch.empty(1, 2, *recipe.data.patch))
-        assert outputs[0].shape == (1, 3, *recipe.data.patch)
+        assert [n % d for n, d in zip(recipe.data.patch, divisor, strict=True)] == [0] * len(divisor)
+        outputs = network.train()(torch.empty(2, 2, *recipe.data.patch))
+        full = outputs[0] if isinstance(outputs, list | tuple) else outputs
+        assert full.shape == (2, 3, *(() if name in CLASSIFYING else recipe.data.patch))
         assert recipe.model.gate == 0.9
 
 

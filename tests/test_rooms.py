@@ -24,6 +24,7 @@ FLOORS = {
     "medmom.evaluation.metrics": 2,
     "medmom.evaluation.drawing": 2,
     "medmom.evaluation.overlay": 2,
+    "medmom.inference.appearance": 2,
     "medmom.inference.novelty": 2,
     "medmom.inference.windows": 2,
     "medmom.tasks": 3,

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from medmom.data.case import find_cases
 from medmom.data.class_cases import ClassFolder
+from medmom.data.class_folders import visible
 from medmom.data.class_layouts import find_class_cases
 from medmom.data.class_survey import ClassSurvey, check_duplicates, survey_classes
+from medmom.data.files import is_image
 from medmom.data.folds import Split
+from medmom.data.layouts import FOLDERS
 from medmom.errors import MedmomError
 
 EDGES = (32, 64, 128, 224)
@@ -39,17 +41,21 @@ class ClassInspection:
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether a folder lists images and their classes rather than images and label maps."""
-    try:
-        find_cases(folder)
-    except MedmomError:
-        pass
-    else:
+    """Whether a folder or file lists images and their classes rather than images and label maps.
+
+    Where it lists neither as it should, it is what it looks like, so that the right mistake is named.
+    """
+    home = folder.parent if folder.is_file() else folder
+    named = [folder / name for names in FOLDERS.values() for name in names]
+    if (home / "dataset.json").is_file() or any(path.is_dir() for path in named):
         return False
     try:
         find_class_cases(folder)
     except MedmomError:
-        return False
+        # A folder with images right inside it may be the only class.
+        below = visible(folder) if folder.is_dir() else []
+        inner = [path for path in below if path.is_dir() and path.name not in FOLDERS]
+        return any(is_image(path) for each_folder in inner for path in visible(each_folder))
     return True
 
 

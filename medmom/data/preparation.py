@@ -126,6 +126,12 @@ def prepare(case: Case, preparation: Preparation) -> Case:
     return replace(case, image=image, label=label, geometry=target)
 
 
+def working_channels(preparation: Preparation, num_channels: int) -> int:
+    """Gives the number of channels that the network sees of an image with ``num_channels``."""
+    wanted = {"grey": 1, "rgb": 3}.get(preparation.colour)
+    return num_channels if wanted is None or num_channels not in (1, 3) else wanted
+
+
 def _coloured(image: np.ndarray, colour: str) -> np.ndarray:
     """Brings images of one and of three channels to the number wanted; others stay as they are."""
     if colour == "grey" and len(image) == 3:

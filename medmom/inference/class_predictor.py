@@ -95,7 +95,7 @@ class ClassPredictor:
             fact = f"memory is too small for the {voxels} voxels that the model looks at. {mend}."
             return [_failed(inputs[0].files, fact)]
         slices = [None] * len(inputs) if found.slices is None else list(found.slices.numpy())
-        parts = zip(inputs, found.logits.numpy(), found.features.numpy(), slices, strict=True)
+        parts = zip(inputs, found.logits.numpy(), slices, strict=True)
         return [self._outcome(*part) for part in parts]
 
     def picture(self, given: ClassInput, outcome: ClassOutcome) -> bytes:
@@ -112,9 +112,7 @@ class ClassPredictor:
         ]
         return draw_explanation(seen, "\n".join(lines), is_volume=is_volume(given.files.images[0]))
 
-    def _outcome(
-        self, given: ClassInput, logits: np.ndarray, features: np.ndarray, slices: np.ndarray | None
-    ) -> ClassOutcome:
+    def _outcome(self, given: ClassInput, logits: np.ndarray, slices: np.ndarray | None) -> ClassOutcome:
         if not np.isfinite(logits).all():
             return _failed(given.files, "the network's output is not finite. Train the model again.")
         found = self._probabilities(logits)
@@ -130,7 +128,7 @@ class ClassPredictor:
             classes,
             found,
             tuple(logits.astype(float).tolist()),
-            flag="" if novelty is None else novelty.flag(features, given.summary),
+            flag="" if novelty is None else novelty.flag(given.image, given.summary),
             slices=tuple((index, self._probabilities(each)) for index, each in by_slice),
         )
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medmom.errors import MedmomError
-from medmom.models.resnet import ClassificationHead
+from medmom.inference.appearance import appearance
 from medmom.models.slices import SliceClassifier
 
 USUAL = 99.0
@@ -23,53 +22,57 @@ TAIL = 0.5
 BLANK = 0.02
 """Share of the least usual contrast below which an image shows nothing."""
 
+FEW = 10
+"""Fewer images of a class say too little of how much they differ."""
+
+ARRAYS = ("means", "whitening", "thresholds")
+"""Attributes of ``Novelty`` that are arrays."""
+
 SUMMARY = ("minimum", "1st percentile", "median", "99th percentile", "maximum", "share of voxels at the minimum")
 """What the six numbers of an image's summary are, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Novelty:
-    """What training images look like to the network, and in their intensities.
+    """What training images look like, class by class, and where their intensities lie.
 
-    The distance of an image is that of its features f to the closest class mean, ``min_c |W (f - m_c)|``, where
-    ``W`` whitens the covariance within classes: Mahalanobis'.
+    The distance of an image is that of its appearance a to the closest class, in usual distances of that class:
+    ``min_c |W_c (a - m_c)| / t_c``, where ``W_c`` whitens the covariance of the class: Mahalanobis' distance.
+
+    It is a hint, not a guard: what looks alike and is something else is not found.
 
     Attributes:
-        means: float32, shape (number of means, D): of each class that training images are of, else of all images.
-        whitening: W, float32, shape (D, D).
-        threshold: Usual distances lie below.
+        means: m_c, float32, shape (M, D), of each class that training images are of, else of all images.
+        whitening: W_c, float32, shape (M, D, D).
+        thresholds: t_c, float32, shape (M,): 99 of 100 validation images of the class lie closer.
+        span: Intensity of black and of white for ``appearance``.
         ranges: Lowest and highest usual value of each number of a summary.
         contrast: Least usual difference of the 99th and the 1st percentile.
-
-    Source:
-        Lee et al. 2018, arXiv 1807.03888, equations 1 and 2, on the last features alone and without their
-        perturbation of the input.
     """
 
     means: np.ndarray
     whitening: np.ndarray
-    threshold: float
+    thresholds: np.ndarray
+    span: tuple[float, float]
     ranges: tuple[tuple[float, float], ...]
     contrast: float
 
     def __post_init__(self) -> None:
         """Refuses parts that do not fit together."""
-        width = self.means.shape[-1]
-        if self.means.ndim != 2 or self.whitening.shape != (width, width) or len(self.ranges) != len(SUMMARY):
+        num, width = self.means.shape
+        fits = self.whitening.shape == (num, width, width) and self.thresholds.shape == (num,)
+        if not fits or len(self.ranges) != len(SUMMARY) or len(self.span) != 2:
             raise ValueError(f"novelty of {self.means.shape}, {self.whitening.shape} and {len(self.ranges)} ranges")
 
-    def distance(self, features: np.ndarray) -> np.ndarray:
-        """Distances, shape (N,), of features, shape (N, D)."""
-        # As many steps as means: the differences of all pairs would be large.
-        squares = [np.square((features - mean) @ self.whitening.T.astype(np.float64)).sum(1) for mean in self.means]
-        distances: np.ndarray = np.sqrt(np.min(squares, axis=0))
-        return distances
+    def distance(self, looks: np.ndarray) -> np.ndarray:
+        """Distances, shape (N,), of appearances, shape (N, D); 1 is as far as usual images lie."""
+        return np.asarray(np.min(_distances(looks, self.means, self.whitening) / self.thresholds[:, None], axis=0))
 
-    def flag(self, features: np.ndarray, summary: np.ndarray) -> str:
+    def flag(self, image: np.ndarray, summary: np.ndarray) -> str:
         """Says in a few words why an image's class is not to be trusted.
 
         Args:
-            features: Of the image, shape (D,).
+            image: As the network takes it, shape (C, *spatial).
             summary: Six numbers of its intensities as they are in the file, see ``SUMMARY``.
 
         Returns:
@@ -85,94 +88,128 @@ class Novelty:
             reasons.append(
                 f"intensities unlike the training images ({name} {value:.3g}, usual {low:.3g} to {high:.3g})"
             )
-        distance = float(self.distance(features[None])[0])
-        if not distance <= self.threshold:
-            reasons.append(f"unlike the training images (distance {distance:.3g}, usual below {self.threshold:.3g})")
+        distance = float(self.distance(appearance(image, self.span)[None])[0])
+        if not distance <= 1:
+            reasons.append(f"unlike the training images ({distance:.3g} times as far from them as usual)")
         return "; ".join(reasons)
 
     def as_dict(self) -> dict[str, Any]:
         """The plain numbers, for JSON; ``tensors`` has the rest."""
-        return {"threshold": self.threshold, "ranges": [list(pair) for pair in self.ranges], "contrast": self.contrast}
+        ranges = [list(pair) for pair in self.ranges]
+        return {"span": list(self.span), "ranges": ranges, "contrast": self.contrast}
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays by name."""
-        return {"means": torch.from_numpy(self.means), "whitening": torch.from_numpy(self.whitening)}
+        return {name: torch.from_numpy(getattr(self, name)) for name in ARRAYS}
 
     @classmethod
     def from_parts(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Novelty:
         """Puts ``as_dict`` and ``tensors`` together; KeyError, TypeError or ValueError where parts are missing."""
         ranges = tuple((float(low), float(high)) for low, high in data["ranges"])
-        means, whitening = tensors["means"].numpy(), tensors["whitening"].numpy()
-        return cls(means, whitening, float(data["threshold"]), ranges, float(data["contrast"]))
+        low, high = data["span"]
+        arrays = {name: tensors[name].numpy() for name in ARRAYS}
+        return cls(**arrays, span=(float(low), float(high)), ranges=ranges, contrast=float(data["contrast"]))
 
 
 class Look(NamedTuple):
-    """What a classifier says of images, and what it says it from; all float32 on the CPU.
+    """What a classifier says of images; float32 on the CPU.
 
     Attributes:
         logits: Of whole images, shape (B, K).
-        features: What the last linear layer reads, shape (B, D); of a volume seen slice by slice, those of the volume.
         slices: Logits of each slice, shape (B, S, K), of a ``SliceClassifier``; else None.
     """
 
     logits: Tensor
-    features: Tensor
     slices: Tensor | None
 
 
 def fit_novelty(
-    features: np.ndarray, summaries: np.ndarray, targets: np.ndarray, *, validation_features: np.ndarray
+    looks: np.ndarray,
+    targets: np.ndarray,
+    summaries: np.ndarray,
+    *,
+    validation: tuple[np.ndarray, np.ndarray],
+    span: tuple[float, float],
 ) -> Novelty:
-    """Learns what images look like: means and covariance from training images, the threshold from validation images.
+    """Learns what images look like: means and covariances from training images, usual distances from validation images.
 
-    Where every training image is of one class there is a mean for each class, with one covariance for all; else one
-    mean. The covariance is shrunk towards a multiple of the identity. The threshold is the 99th percentile of the
-    distances of the validation images, which are of the same kind: one in a hundred of them is flagged.
+    Where every training image is of one class there is a mean and a covariance for each class, else one for all. The
+    covariance is shrunk towards a multiple of the identity; a class of fewer than 10 images has that of all classes.
+    The usual distance of a class is the 99th percentile of its validation images: one in a hundred of them is flagged.
+    A class with fewer than 10 of them takes the largest usual distance of the others.
 
     The range of each number of the summaries is that between the 0.5th and the 99.5th percentile of the training
     images, widened on both sides by half of itself, and at least by a tenth of the median contrast (for the share of
     voxels, a tenth).
 
     Args:
-        features: Of training images, shape (N, D); see ``pooled_features``.
-        summaries: Of their intensities, shape (N, 6).
+        looks: ``appearance`` of training images, shape (N, D).
         targets: Their classes, 0 or 1, shape (N, K).
-        validation_features: Of validation images, shape (M, D).
-
-    Raises:
-        MedmomError: Features are not finite, as after a training that diverged.
+        summaries: Of their intensities, shape (N, 6).
+        validation: Appearances and classes of validation images.
+        span: With which appearances were made.
 
     Source:
-        Lee et al. 2018, arXiv 1807.03888 (features, class means, one covariance); Ledoit and Wolf 2004,
-        doi:10.1016/S0047-259X(03)00096-4 (shrinkage). Threshold and ranges are our own choice.
+        Lee et al. 2018, arXiv 1807.03888, equation 2, of the image instead of a network's features (these are made to
+        tell the classes apart, and lose what else there is to see), and with a covariance for each class; Ledoit and
+        Wolf 2004, doi:10.1016/S0047-259X(03)00096-4 (shrinkage). The features, percentiles and ranges are our own.
     """
-    features, validation = features.astype(np.float64), validation_features.astype(np.float64)
-    if not (np.isfinite(features).all() and np.isfinite(validation).all()):
-        raise MedmomError("the network's features are not finite; train again with a smaller learning rate.")
-    known = targets.argmax(axis=1) if (targets.sum(axis=1) == 1).all() else np.zeros(len(targets), dtype=int)
+    looks, known = looks.astype(np.float64), _known(targets)
     present = np.unique(known)
-    means = np.stack([features[known == k].mean(axis=0) for k in present])
-    residuals = features - means[np.searchsorted(present, known)]
-    values, vectors = np.linalg.eigh(_shrunk_covariance(residuals))
-    # Features that never change have no scale of their own.
-    floor = max(1e-6 * float(values.max()), 1e-12)
-    whitening = (vectors / np.sqrt(np.maximum(values, floor))).T
+    means = np.stack([looks[known == k].mean(axis=0) for k in present])
+    residuals = looks - means[np.searchsorted(present, known)]
+    own = [residuals[known == k] for k in present]
+    whitening = np.stack([_whitening(rows if len(rows) >= FEW else residuals) for rows in own])
+    held_out, classes = validation[0].astype(np.float64), _known(validation[1])
+    if len(present) == 1:
+        classes = np.full(len(held_out), present[0])
+    thresholds = _thresholds(_distances(held_out, means, whitening), classes, present)
     contrasts = summaries[:, 3] - summaries[:, 1]
-    low, high = np.percentile(summaries.astype(np.float64), (TAIL, 100 - TAIL), axis=0)
-    least = np.full(len(SUMMARY), 0.1 * float(np.median(contrasts)))
-    least[5] = 0.1
-    margin = np.maximum((high - low) / 2, least)
-    low, high = low - margin, high + margin
-    low[5], high[5] = max(low[5], 0.0), min(high[5], 1.0)
-    novelty = Novelty(
+    return Novelty(
         means.astype(np.float32),
         whitening.astype(np.float32),
-        threshold=0.0,
-        ranges=tuple(zip(low.tolist(), high.tolist(), strict=True)),
+        thresholds.astype(np.float32),
+        span,
+        _ranges(summaries.astype(np.float64), float(np.median(contrasts))),
         contrast=float(np.percentile(contrasts, TAIL)),
     )
-    threshold = float(np.percentile(novelty.distance(validation), USUAL))
-    return Novelty(novelty.means, novelty.whitening, threshold, novelty.ranges, novelty.contrast)
+
+
+def _known(targets: np.ndarray) -> np.ndarray:
+    """Index of the class of each image; 0 for all where an image may be of several."""
+    is_single = (targets.sum(axis=1) == 1).all()
+    return np.asarray(targets.argmax(axis=1) if is_single else np.zeros(len(targets), dtype=int))
+
+
+def _distances(looks: np.ndarray, means: np.ndarray, whitening: np.ndarray) -> np.ndarray:
+    """Mahalanobis' distance of each image to each class, shape (M, N)."""
+    pairs = zip(means.astype(np.float64), whitening.astype(np.float64), strict=True)
+    # Class by class: the differences of all pairs at once would be large.
+    return np.stack([np.sqrt(np.square((looks - mean) @ matrix.T).sum(axis=1)) for mean, matrix in pairs])
+
+
+def _thresholds(distances: np.ndarray, classes: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Usual distance of each class, shape (M,), above 0."""
+    own = [distances[row, classes == k] for row, k in enumerate(present)]
+    enough = [float(np.percentile(found, USUAL)) for found in own if len(found) >= FEW]
+    largest = max(enough or [float(distances.min(axis=0).max(initial=0.0))])
+    usual = [float(np.percentile(found, USUAL)) if len(found) >= FEW else largest for found in own]
+    return np.maximum(usual, 1e-6)
+
+
+def _ranges(summaries: np.ndarray, contrast: float) -> tuple[tuple[float, float], ...]:
+    low, high = np.percentile(summaries, (TAIL, 100 - TAIL), axis=0)
+    least = np.full(len(SUMMARY), 0.1 * contrast)
+    least[5] = 0.1
+    margin = np.maximum((high - low) / 2, least)
+    return tuple(zip((low - margin).tolist(), (high + margin).tolist(), strict=True))
+
+
+def _whitening(residuals: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(_shrunk_covariance(residuals))
+    # What never changes has no scale of its own.
+    floor = max(1e-6 * float(values.max()), 1e-12)
+    return np.asarray((vectors / np.sqrt(np.maximum(values, floor))).T)
 
 
 def summarise(image: np.ndarray) -> np.ndarray:
@@ -183,31 +220,17 @@ def summarise(image: np.ndarray) -> np.ndarray:
 
 
 def look(network: nn.Module, image: Tensor) -> Look:
-    """Runs a classifier once and keeps what its last linear layer reads.
+    """Runs a classifier.
 
     Args:
         network: A classifier of ``medmom.models`` in evaluation mode.
         image: Shape (B, C, *spatial), on the network's device, as the network takes it.
     """
-    (head,) = [module for module in network.modules() if isinstance(module, ClassificationHead)]
-    caught: list[Tensor] = []
-    handle = head.linear.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
-    try:
-        with torch.no_grad():
-            by_slice = network.by_slice(image) if isinstance(network, SliceClassifier) else None
-            logits: Tensor = network(image) if by_slice is None else by_slice.volume
-    finally:
-        handle.remove()
-    # Beside the features of whole images the layer may read those of each slice, (B, S, D).
-    features = next(given for given in caught if given.ndim == 2)
-    return Look(
-        logits.float().cpu(), features.float().cpu(), None if by_slice is None else by_slice.slices.float().cpu()
-    )
-
-
-def pooled_features(network: nn.Module, image: Tensor) -> Tensor:
-    """Features of whole images before the last linear layer, shape (B, D), float32 on the CPU; see ``look``."""
-    return look(network, image).features
+    with torch.no_grad():
+        if isinstance(network, SliceClassifier):
+            found = network.by_slice(image)
+            return Look(found.volume.float().cpu(), found.slices.float().cpu())
+        return Look(network(image).float().cpu(), None)
 
 
 def _shrunk_covariance(residuals: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from medmom.data.case import Case, CaseFiles
 from medmom.data.files import Volume, read_images, stem, write_json
-from medmom.data.preparation import prepare, restore, working_geometry
+from medmom.data.preparation import prepare, restore, working_channels, working_geometry
 from medmom.device import torch_device
 from medmom.errors import MedmomError
 from medmom.inference.inputs import find_inputs, validation_cases
@@ -95,7 +95,8 @@ class Predictor:
 
     def _check(self, image: Volume) -> None:
         names, found = self.package.channels, len(image.array)
-        if found != len(names):
+        self._check_kind(image)
+        if working_channels(self.package.preparation, found) != len(names):
             mend = "Give that one alone." if len(names) == 1 else "Give one file with all, or case_0000, case_0001, ..."
             raise MedmomError(
                 f"{image.path}: the number of image channels is {found}, the model takes {len(names)} "
@@ -106,6 +107,18 @@ class Predictor:
             raise MedmomError(
                 f"{image.path}: {times(shape)} voxels at the model's spacing {self.package.preparation.spacing} mm. "
                 "Crop the image, and check the spacing in its header."
+            )
+
+    def _check_kind(self, image: Volume) -> None:
+        """Refuses a picture where volumes are segmented, and values that are on no picture's scale where pictures are."""
+        intensity = self.package.preparation.intensity
+        if image.is_picture and (len(self.package.patch) == 3 or intensity == "ct"):
+            raise MedmomError(f"{image.path}: a picture, the model segments volumes. Give a NIfTI image.")
+        low, high = float(image.array.min()), float(image.array.max())
+        if not image.is_picture and intensity == "unit" and (low < 0 or high > 255):
+            raise MedmomError(
+                f"{image.path}: values from {low:g} to {high:g}, the model segments pictures, from 0 to 255. Give a "
+                "picture, or a model for volumes."
             )
 
     def _logits(self, image: np.ndarray, bar_title: str | None) -> np.ndarray:

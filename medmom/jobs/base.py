@@ -8,8 +8,10 @@ from typing import Any, Self
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from monai.transforms import Transform
 from torch import nn
 
+from medmom.data.augment import monai_transforms, slice_transforms, volume_transforms
 from medmom.data.casefiles import CaseFiles
 from medmom.data.files import is_picture
 from medmom.data.folds import Split, leave_out, named_split, split_cases
@@ -101,6 +103,28 @@ def check_model(recipe: Recipe, num_classes: int) -> None:
     if wrong:
         legal = [-(-n // d) * d for n, d in zip(patch, divisor, strict=True)]
         raise MedmomError(f"data.patch {list(recipe.data.patch)}: the network halves it; the next size is {legal}.")
+
+
+def random_changes(recipe: Recipe, num_channels: int) -> list[Transform]:
+    """Gives what training samples are changed by at random: our own changes, and those that the recipe lists.
+
+    Args:
+        recipe: Which, and of what.
+        num_channels: Of an image as the network sees it.
+
+    Raises:
+        MedmomError: A listed transform is not known, or does not suit the images.
+    """
+    data, intensity = recipe.data, recipe.preparation.intensity
+    # The slices of a volume are changed as channels of one picture.
+    shape = (num_channels * (data.slices or 1), *data.patch)
+    listed = monai_transforms(data.transforms, intensity=intensity, shape=shape)
+    if not data.augment:
+        return listed
+    if len(data.patch) == 3:
+        return [*volume_transforms(data.patch, mirror=data.mirror), *listed]
+    mirror = [axis for axis in data.mirror if axis < 2]
+    return [*slice_transforms(data.patch, mirror=mirror, intensity=intensity), *listed]
 
 
 def schedule_of(settings: TrainingRecipe) -> Schedule | None:

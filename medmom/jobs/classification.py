@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from medmom.classes import Classes
-from medmom.data.augment import monai_transforms, slice_transforms, volume_transforms
 from medmom.data.casefiles import CaseFiles
 from medmom.data.class_layouts import find_class_cases, split_class_cases, with_cases
 from medmom.data.class_module import ClassDataModule
@@ -23,9 +22,11 @@ from medmom.data.class_targets import check_images, class_weights
 from medmom.data.folds import named_split
 from medmom.data.module import default_workers
 from medmom.data.preparation import fit_preparation
+from medmom.errors import MedmomError
 from medmom.evaluation.calibration import fit_temperature
+from medmom.inference.appearance import SPANS, appearance
 from medmom.inference.novelty import fit_novelty, look
-from medmom.jobs.base import Job, check_model, participants, schedule_of, without_places
+from medmom.jobs.base import Job, check_model, participants, random_changes, schedule_of, without_places
 from medmom.network import plan_memory
 from medmom.optim.groups import freeze
 from medmom.optimizer import make_optimizer
@@ -55,7 +56,6 @@ class ClassificationJob(Job):
         for note in found.notes:
             logger.info(note)
         check_model(built, found.classes.num_channels)
-        monai_transforms(built.data.transforms)
         data = built.data
         if data.validation:
             split = named_split(found.cases, data.validation)
@@ -68,6 +68,7 @@ class ClassificationJob(Job):
         for key, value in asdict(preparation).items():
             recipe.set(f"preparation.{key}", value)
         channels = _channels(built, surveys, found.cases)
+        random_changes(built, len(channels))
         memory = plan_memory(built, len(channels), found.classes.num_channels, device)
         if built.model.memory == "auto":
             # Resumed on a fuller device, the run goes on with the same.
@@ -123,7 +124,7 @@ class ClassificationJob(Job):
             patch=data.patch,
             batch_size=data.batch_size,
             steps_per_epoch=recipe.training.steps_per_epoch * recipe.training.accumulate,
-            transforms=[*(_changes(recipe) if data.augment else []), *monai_transforms(data.transforms)],
+            transforms=random_changes(recipe, len(self.run.channels)),
             seed=recipe.training.seed,
             workers=default_workers(device.type) if data.workers is None else data.workers,
             slices=data.slices,
@@ -157,8 +158,11 @@ class ClassificationJob(Job):
         rng = np.random.default_rng(0)
         places = np.sort(rng.permutation(len(self.run.train))[:MOST_REMEMBERED])
         remembered = [self.run.train[k] for k in places]
-        features, _, targets = self._seen(recipe, network, remembered, device)
-        usual, logits, wanted = self._seen(recipe, network, self.run.validation, device)
+        span = SPANS[recipe.preparation.intensity]
+        looks, targets, _ = self._seen(recipe, None, remembered, device)
+        others, wanted, logits = self._seen(recipe, network, self.run.validation, device)
+        if not np.isfinite(logits).all():
+            raise MedmomError(f"{self.run.folder}: the network's output is not finite. Train with a smaller lr.")
         temperature = fit_temperature(logits, wanted, is_multilabel=self.classes.is_multilabel)
         summaries = np.stack([self.surveys[case.name].summary for case in remembered])
         logger.info("Temperature %.2f fits the validation cases.", temperature)
@@ -171,29 +175,22 @@ class ClassificationJob(Job):
             channels=self.run.channels,
             recipe=without_places(self.run.recipe, recipe.data.folder),
             temperature=temperature,
-            novelty=fit_novelty(features, summaries, targets, validation_features=usual),
+            novelty=fit_novelty(looks, targets, summaries, validation=(others, wanted), span=span),
             slices=recipe.data.slices,
         )
 
     def _seen(
-        self, recipe: Recipe, network: nn.Module, cases: Sequence[CaseFiles], device: torch.device
+        self, recipe: Recipe, network: nn.Module | None, cases: Sequence[CaseFiles], device: torch.device
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Features, logits and targets of cases as they are, without random changes."""
+        """Appearance, targets and logits of cases as they are, without random changes; without a network no logits."""
+        span = SPANS[recipe.preparation.intensity]
         parts: list[tuple[Any, Any, Any]] = []
         for batch in self._data(recipe, cases, device).val_dataloader():
-            found = look(network, batch["image"].to(device))
-            parts.append((found.features.numpy(), found.logits.numpy(), batch["target"].numpy()))
-        features, logits, targets = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return features, logits, targets
-
-
-def _changes(recipe: Recipe) -> list[Any]:
-    """What images are changed by at random."""
-    data = recipe.data
-    if len(data.patch) == 3:
-        return volume_transforms(data.patch, mirror=data.mirror)
-    mirror = [axis for axis in data.mirror if axis < 2]
-    return slice_transforms(data.patch, mirror=mirror, intensity=recipe.preparation.intensity)
+            looks = np.stack([appearance(image, span) for image in batch["image"].numpy()])
+            logits = looks[:, :0] if network is None else look(network, batch["image"].to(device)).logits.numpy()
+            parts.append((looks, batch["target"].numpy(), logits))
+        looks, targets, logits = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return looks, targets, logits
 
 
 def _channels(recipe: Recipe, surveys: Mapping[str, ClassSurvey], cases: Sequence[CaseFiles]) -> tuple[str, ...]:

@@ -9,18 +9,24 @@ from typing import Self
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from monai.transforms import Transform
 from torch import nn
 
 from medmom.callbacks import ValidationPicture
-from medmom.data.augment import monai_transforms, slice_transforms, volume_transforms
 from medmom.data.cache import CaseCache, PreparedCase
 from medmom.data.case import find_cases
 from medmom.data.module import CaseDataModule, default_workers
-from medmom.data.preparation import fit_preparation
+from medmom.data.preparation import fit_preparation, working_channels
 from medmom.errors import MedmomError
 from medmom.inference.windows import sliding_window
-from medmom.jobs.base import Job, check_model, participants, schedule_of, split_by_recipe, without_places
+from medmom.jobs.base import (
+    Job,
+    check_model,
+    participants,
+    random_changes,
+    schedule_of,
+    split_by_recipe,
+    without_places,
+)
 from medmom.labels import Labels
 from medmom.network import plan_memory
 from medmom.optim.groups import freeze
@@ -48,9 +54,10 @@ class SegmentationJob(Job):
         for note in found.notes:
             logger.info(note)
         built = recipe.build()
+        channels = _channels(built, found.channels)
         check_model(built, found.labels.num_channels)
-        monai_transforms(built.data.transforms)
-        memory = plan_memory(built, len(found.channels), found.labels.num_channels, device)
+        random_changes(built, len(channels))
+        memory = plan_memory(built, len(channels), found.labels.num_channels, device)
         if built.model.memory == "auto":
             # Resumed on a fuller device, the run goes on with the same.
             recipe.set("model.memory", memory)
@@ -67,7 +74,7 @@ class SegmentationJob(Job):
         recipe.set("data.cache", str(built.data.cache.resolve()))
         by_name = {case.name: case for case in cases}
         training, validation = (tuple(by_name[name] for name in names) for names in (split.train, split.validation))
-        return cls(Run(out, recipe, found.labels, found.channels, training, validation), quiet=quiet)
+        return cls(Run(out, recipe, found.labels, channels, training, validation), quiet=quiet)
 
     @property
     def labels(self) -> Labels:
@@ -96,9 +103,9 @@ class SegmentationJob(Job):
     def _check_channels(self, case: PreparedCase) -> None:
         found, names = len(case.open()[0].image), self.run.channels
         if found != len(names):
+            mend = "set preparation.colour to grey or rgb" if self.shows_pictures() else "mend the case or dataset.json"
             raise MedmomError(
-                f"case {case.name}: {found} image channels, dataset.json names {len(names)} ({', '.join(names)}); "
-                "mend the case or dataset.json."
+                f"case {case.name}: {found} image channels, the data set has {len(names)} ({', '.join(names)}); {mend}."
             )
 
     def task(self, recipe: Recipe) -> SegmentationTask:
@@ -128,7 +135,7 @@ class SegmentationJob(Job):
             patch=data.patch,
             batch_size=data.batch_size,
             steps_per_epoch=recipe.training.steps_per_epoch * recipe.training.accumulate,
-            transforms=[*(_changes(recipe) if data.augment else []), *monai_transforms(data.transforms)],
+            transforms=random_changes(recipe, len(self.run.channels)),
             seed=recipe.training.seed,
             workers=default_workers(device.type) if data.workers is None else data.workers,
         )
@@ -166,11 +173,7 @@ class SegmentationJob(Job):
         )
 
 
-def _changes(recipe: Recipe) -> list[Transform]:
-    """What patches are changed by at random."""
-    data = recipe.data
-    if len(data.patch) == 3:
-        return volume_transforms(data.patch, mirror=data.mirror)
-    mirror = [axis for axis in data.mirror if axis < 2]
-
-    return slice_transforms(data.patch, mirror=mirror, intensity=recipe.preparation.intensity)
+def _channels(recipe: Recipe, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names the channels that the network sees: those of the data, or what ``preparation.colour`` makes of them."""
+    count = working_channels(recipe.preparation, len(names))
+    return names if count == len(names) else {1: ("grey",), 3: ("R", "G", "B")}[count]
