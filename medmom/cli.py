@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     # What libraries say to their developers is no news to the user of a command.
     warnings.filterwarnings("ignore", module=r"(lightning|monai|torch)\b")
+    # A name in letters that the font of a picture lacks.
+    warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
     try:
         code = options.run(options, rest)
     except MedmomError as error:

@@ -86,7 +86,7 @@ IMAGES = {
     "text": Fault(lambda f: image(f).write_text("no picture"), ("frame 1.JPG", "not a PNG", "again")),
     "one grey": Fault(lambda f: Image.new("RGB", (33, 47), "grey").save(image(f)), ("frame 1.JPG", "shows nothing")),
     "broken link": Fault(
-        lambda f: (image(f).unlink(), image(f).symlink_to(f / "gone.jpg")), ("frame 1.JPG", "no such file")
+        lambda f: (image(f).unlink(), image(f).symlink_to(f / "gone.jpg")), ("frame 1.JPG", "o such file")
     ),
 }
 MASKS = {

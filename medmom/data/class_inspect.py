@@ -17,6 +17,7 @@ from medmom.data.class_survey import ClassSurvey, check_duplicates, survey_class
 from medmom.data.files import is_image
 from medmom.data.folds import Split
 from medmom.data.layouts import FOLDERS
+from medmom.data.table import read_table
 from medmom.errors import MedmomError
 
 EDGES = (32, 64, 128, 224)
@@ -46,17 +47,24 @@ def holds_classes(folder: Path) -> bool:
     Where it lists neither as it should, it is what it looks like, so that the right mistake is named.
     """
     home = folder.parent if folder.is_file() else folder
-    named = [folder / name for names in FOLDERS.values() for name in names]
-    if (home / "dataset.json").is_file() or any(path.is_dir() for path in named):
+    drawn = [folder / name for names in FOLDERS.values() for name in names]
+    if (home / "dataset.json").is_file() or any(path.is_dir() for path in drawn):
         return False
     try:
         find_class_cases(folder)
     except MedmomError:
-        # A folder with images right inside it may be the only class.
-        below = visible(folder) if folder.is_dir() else []
-        inner = [path for path in below if path.is_dir() and path.name not in FOLDERS]
-        return any(is_image(path) for each_folder in inner for path in visible(each_folder))
+        return _looks_like_classes(folder)
     return True
+
+
+def _looks_like_classes(path: Path) -> bool:
+    if path.is_file() and path.suffix.lower() == ".csv":
+        # Of label maps the cells would name files.
+        return not any(is_image(row.get("label", "")) for row in read_table(path).rows)
+    if path.is_file():
+        return path.suffix.lower() == ".npz"
+    inner = [below for below in visible(path) if below.is_dir() and below.name not in FOLDERS] if path.is_dir() else []
+    return any(is_image(image) for below in inner for image in visible(below))
 
 
 def inspect_classes(folder: Path, *, group: str | None = None, quiet: bool = False) -> ClassInspection:

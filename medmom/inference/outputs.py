@@ -21,6 +21,7 @@ FILE_SUFFIXES = (".nii", ".nii.gz", ".png")
 OTHER_SUFFIXES = (
     *(".hdr", ".img", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".dcm", ".json"),
     *(".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"),
+    *(".csv", ".tsv", ".txt", ".xlsx", ".npz", ".npy", ".html", ".pdf", ".yaml", ".zip"),
 )
 """Names that say an output file is meant, of a kind that is not written."""
 

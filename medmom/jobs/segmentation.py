@@ -74,7 +74,10 @@ class SegmentationJob(Job):
         recipe.set("data.cache", str(built.data.cache.resolve()))
         by_name = {case.name: case for case in cases}
         training, validation = (tuple(by_name[name] for name in names) for names in (split.train, split.validation))
-        return cls(Run(out, recipe, found.labels, channels, training, validation), quiet=quiet)
+        job = cls(Run(out, recipe, found.labels, channels, training, validation), quiet=quiet)
+        # What is wrong with the cases is said before a run is written that could never go on.
+        job.prepared  # noqa: B018
+        return job
 
     @property
     def labels(self) -> Labels:
