@@ -4,9 +4,9 @@
     python scripts/bench_mednist.py FOLDER --minutes 2 1 1      # a quick look
 
 FOLDER holds a folder a class. Neighbours in the numbering are often slices of one scan, so that the numbering of each
-class is cut into 20 blocks, and blocks take the place of patients: in the split and in the intervals. Each time the road
-is the same: train a fold, predict its validation images, evaluate the written table. Shuffled labels, blocks left as
-they are, tell whether anything leaks: what is learnt from them must score at chance.
+class is cut into 20 blocks, and blocks take the place of patients: in the split and in the intervals. Each time the
+road is the same: train a fold, predict its validation images, evaluate the written table. Shuffled labels, blocks left
+as they are, tell whether anything leaks: what is learnt from them must score at chance.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 from PIL import Image
 from tiny_classes import write_volume
@@ -44,11 +43,11 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def table(folder: Path, *rows: str, header: str = "image,label", **options: str) -> None:
+def table(folder: Path, *rows: str, header: str = "image,label", **options: str) -> int:
     """A table of the first images of both classes and of what else is given."""
     names = [f"{kind}/{kind}_{k}.png,{kind}" for kind in ("rows", "columns") for k in range(5)]
     lines = [header, *names, *rows]
-    (folder / "data" / "list.csv").write_text("\n".join(lines), **options)
+    return 0 * (folder / "data" / "list.csv").write_text("\n".join(lines), **options)
 
 
 IMAGES = {
@@ -61,7 +60,9 @@ IMAGES = {
 }
 FOLDERS = {
     "empty class": Fault(lambda f: (f / "data" / "third").mkdir(), ("third", "no file", "Add images")),
-    "one class": Fault(lambda f: shutil.rmtree(f / "data" / "rows"), ("data", "one class only (columns)", "Add images")),
+    "one class": Fault(
+        lambda f: shutil.rmtree(f / "data" / "rows"), ("data", "one class only (columns)", "Add images")
+    ),
     "nested classes": Fault(
         lambda f: (f / "data" / "rows").rename(f / "rows") and shutil.move(f / "rows", f / "data" / "third" / "rows"),
         ("third", "folders, such as rows", "Give"),
@@ -78,13 +79,18 @@ FOLDERS = {
         ("list.csv", "one class only (rows)"),
     ),
     "unheard class": Fault(
-        lambda f: table(
-            f,
-            *(f"{kind}/{kind}_5.png,{new},val" for kind, new in (("rows", "rows"), ("columns", "waves"))),
-            header="image,label,fold",
-        )
-        or (f / "data" / "list.csv").write_text(
-            (f / "data" / "list.csv").read_text().replace(",rows\n", ",rows,train\n").replace(",columns\n", ",columns,train\n")
+        lambda f: (
+            table(
+                f,
+                *(f"{kind}/{kind}_5.png,{new},val" for kind, new in (("rows", "rows"), ("columns", "waves"))),
+                header="image,label,fold",
+            )
+            or (f / "data" / "list.csv").write_text(
+                (f / "data" / "list.csv")
+                .read_text()
+                .replace(",rows\n", ",rows,train\n")
+                .replace(",columns\n", ",columns,train\n")
+            )
         ),
         ("waves", "training"),
     ),
@@ -149,9 +155,7 @@ def test_prediction_of_a_bad_image(name: str, folder: Path, model: Path, capsys:
     assert all(word in said for word in IMAGES[name].words), said
 
 
-def test_one_bad_image_among_many_stops_no_other(
-    folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_bad_image_among_many_stops_no_other(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     truncate(image(folder))
     assert run("predict", model, folder / "data", "--out", folder / "x.csv", "--explain") == 2
     said = capsys.readouterr()
@@ -262,7 +266,10 @@ EDITS: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
     "sum": (lambda lines: [lines[0], lines[1].rpartition(",")[0] + ",0.99", *lines[2:]], "add up to"),
     "row taken out": (lambda lines: [*lines[:3], *lines[4:]], "has no row of the case"),
     "row twice": (lambda lines: [*lines, lines[1]], "two rows are of"),
-    "foreign row": (lambda lines: [*lines, lines[1].replace("rows_", "mine_").replace("columns_", "mine_")], "is not in"),
+    "foreign row": (
+        lambda lines: [*lines, lines[1].replace("rows_", "mine_").replace("columns_", "mine_")],
+        "is not in",
+    ),
     "column taken out": (lambda lines: [line.rpartition(",")[0] for line in lines], "has no column p_"),
     "header alone": (lambda lines: lines[:1], "has no row of the case"),
     "empty": (lambda lines: [], "is no header"),

@@ -1,4 +1,4 @@
-"""What can be wrong with pictures, masks and slices: one line that names file, fact and mend, and no file is changed."""
+"""What can be wrong with pictures, masks and slices: one line with file, fact and mend, and no file is changed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def mask(folder: Path) -> Path:
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def break_link(path: Path, target: Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
 
 
 def announce(path: Path, columns: int, rows: int) -> None:
@@ -85,9 +90,7 @@ IMAGES = {
     "empty": Fault(lambda f: image(f).write_bytes(b""), ("frame 1.JPG", "empty", "again")),
     "text": Fault(lambda f: image(f).write_text("no picture"), ("frame 1.JPG", "not a PNG", "again")),
     "one grey": Fault(lambda f: Image.new("RGB", (33, 47), "grey").save(image(f)), ("frame 1.JPG", "shows nothing")),
-    "broken link": Fault(
-        lambda f: (image(f).unlink(), image(f).symlink_to(f / "gone.jpg")), ("frame 1.JPG", "o such file")
-    ),
+    "broken link": Fault(lambda f: break_link(image(f), f / "gone.jpg"), ("frame 1.JPG", "o such file")),
 }
 MASKS = {
     "other size": Fault(lambda f: resize(mask(f)), ("frame 1.png", "31x45", "33x47", "one size")),
@@ -100,9 +103,7 @@ MASKS = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    road_recipe(
-        tmp_path / "tiny.yaml", write_pictures(tmp_path / "data"), classes=False, preparation={"colour": "rgb"}
-    )
+    road_recipe(tmp_path / "tiny.yaml", write_pictures(tmp_path / "data"), classes=False, preparation={"colour": "rgb"})
     return tmp_path
 
 
@@ -137,9 +138,7 @@ def test_inspection_lists_a_bad_picture(name: str, folder: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_prediction_of_a_bad_picture(
-    name: str, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prediction_of_a_bad_picture(name: str, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     IMAGES[name].spoil(folder)
     said = complaint(capsys, folder, "predict", model, image(folder), "--out", folder / "out.png")
     assert all(word in said for word in IMAGES[name].words), said
@@ -184,9 +183,7 @@ def test_volume_for_a_model_of_pictures(folder: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("out", ["x.csv", "x.jpg", "x.nii.gz", "x.json", "x.npz", "x.txt", "x.html"])
-def test_output_of_another_kind(
-    out: str, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_of_another_kind(out: str, folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = complaint(capsys, folder, "predict", model, image(folder), "--out", folder / out)
     assert out in said
     assert ".png" in said

@@ -84,7 +84,8 @@ def class_picture(seed: int, kind: int, size: Sequence[int] = (36, 34)) -> np.nd
     rng = np.random.default_rng([seed, kind])
     y, x = np.indices((size[1], size[0])) + rng.integers(0, 8)
     waves = [np.sin(y), np.sin(x), np.sin(x) + np.sin(y)][kind]
-    return np.clip(120 + 60 * waves + rng.normal(0, 10, waves.shape), 0, 255).astype(np.uint8)
+    grey: np.ndarray = np.clip(120 + 60 * waves + rng.normal(0, 10, waves.shape), 0, 255).astype(np.uint8)
+    return grey
 
 
 def write_class_pictures(folder: Path, *, num_cases: int = 6, names: Sequence[str] = ("rows", "columns")) -> Path:
@@ -209,11 +210,14 @@ def check_resume(recipe: Path, straight: Path, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(CurveFile, "on_train_epoch_end", cut_off)
         main(["train", str(recipe), "--out", str(stopped), "--device", "cpu", "--quiet"])
     assert not (stopped / "model").exists()
+    epochs: list[int] = []
+
+    def watch(self: CurveFile, trainer: Any, module: Any) -> None:
+        epochs.append(trainer.current_epoch)
+        write(self, trainer, module)
+
     with monkeypatch.context() as patch:
-        epochs: list[int] = []
-        patch.setattr(
-            CurveFile, "on_train_epoch_end", lambda *of: (epochs.append(of[1].current_epoch), write(*of)) and None
-        )
+        patch.setattr(CurveFile, "on_train_epoch_end", watch)
         assert run("train", "--resume", stopped) == 0
     assert epochs == [1]
     for file in ("model/model.safetensors", "metrics.csv", "split.json"):

@@ -110,7 +110,7 @@ class Predictor:
             )
 
     def _check_kind(self, image: Volume) -> None:
-        """Refuses a picture where volumes are segmented, and values that are on no picture's scale where pictures are."""
+        """Refuses a picture where volumes are segmented, and values beyond a picture's scale where pictures are."""
         intensity = self.package.preparation.intensity
         if image.is_picture and (len(self.package.patch) == 3 or intensity == "ct"):
             raise MedmomError(f"{image.path}: a picture, the model segments volumes. Give a NIfTI image.")
