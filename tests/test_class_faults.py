@@ -24,6 +24,7 @@ from tiny_road import (
     write_class_volumes,
     write_multilabel,
     write_packed,
+    write_pictures,
     write_rows,
 )
 
@@ -209,7 +210,21 @@ def test_colours_and_grey_are_not_mixed_unasked(folder: Path, capsys: pytest.Cap
 def test_volume_for_a_model_of_pictures(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scan = write_volume(folder / "scan.nii.gz")
     said = complaint(capsys, folder, "predict", model, scan, "--out", folder / "x.csv")
-    assert "scan.nii.gz: a volume of" in said
+    assert "scan.nii.gz: " in said
+    assert "a volume of" in said or "the model was made for pictures" in said
+
+
+def test_picture_for_a_model_of_volumes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(folder / "volumes", classes=True, edges=3)
+    said = complaint(capsys, folder, "predict", model, image(folder), "--out", folder / "x.csv")
+    assert "rows_1.png: a picture, the model was made for volumes. Give a NIfTI image." in said
+
+
+def test_label_maps_are_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_pictures(tmp_path / "data")
+    road_recipe(tmp_path / "tiny.yaml", data, classes=True)
+    said = complaint(capsys, tmp_path, *train_words(tmp_path))
+    assert "data: images and label maps, and cls2d_xs classifies whole images." in said
 
 
 @pytest.mark.parametrize("out", ["results", "x.png", "x.nii.gz", "x.json", "data"])

@@ -170,7 +170,7 @@ def test_picture_for_a_model_of_volumes(folder: Path, capsys: pytest.CaptureFixt
     models = [save_model(folder / "model", edges=3), save_model(folder / "slices", preparation=ct)]
     for model in models:
         said = complaint(capsys, folder, "predict", model, image(folder), "--out", folder / "out.png")
-        assert "frame 1.JPG: a picture, the model segments volumes. Give a NIfTI image." in said
+        assert "frame 1.JPG: a picture, the model was made for volumes. Give a NIfTI image." in said
 
 
 def test_volume_for_a_model_of_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +179,7 @@ def test_volume_for_a_model_of_pictures(folder: Path, capsys: pytest.CaptureFixt
     model = save_model(folder / "model")
     said = complaint(capsys, folder, "predict", model, folder / "scan.nii.gz", "--out", folder / "out.nii.gz")
     assert "scan.nii.gz: values from -" in said
-    assert "segments pictures, from 0 to 255" in said
+    assert "made for pictures, from 0 to 255" in said
 
 
 @pytest.mark.parametrize("out", ["x.csv", "x.jpg", "x.nii.gz", "x.json", "x.npz", "x.txt", "x.html"])

@@ -19,6 +19,7 @@ from medmom.errors import MedmomError
 from medmom.evaluation.calibration import probabilities
 from medmom.inference.class_outputs import ClassOutcome
 from medmom.inference.explain import draw_explanation, explain
+from medmom.inference.kinds import check_kind
 from medmom.inference.novelty import look, summarise
 from medmom.inference.predict import MAX_VOXELS
 from medmom.models.sizes import times
@@ -71,6 +72,13 @@ class ClassPredictor:
         """
         case = read_class_case(files)
         self._check_size(files, case)
+        check_kind(
+            files.images[0],
+            case.image,
+            self.package.preparation,
+            is_picture=files.item is None and not is_volume(files.images[0]),
+            takes_volumes=len(self.package.patch) == 3 or self.package.slices is not None,
+        )
         summary = summarise(case.image)
         image = prepare(case, self.package.preparation).image
         self._check_channels(files, image)

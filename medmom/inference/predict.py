@@ -16,6 +16,7 @@ from medmom.data.preparation import prepare, restore, working_channels, working_
 from medmom.device import torch_device
 from medmom.errors import MedmomError
 from medmom.inference.inputs import find_inputs, validation_cases
+from medmom.inference.kinds import check_kind
 from medmom.inference.outputs import plan_outputs, write_prediction
 from medmom.inference.windows import num_windows, sliding_window
 from medmom.models.sizes import times
@@ -95,7 +96,13 @@ class Predictor:
 
     def _check(self, image: Volume) -> None:
         names, found = self.package.channels, len(image.array)
-        self._check_kind(image)
+        check_kind(
+            image.path,
+            image.array,
+            self.package.preparation,
+            is_picture=image.is_picture,
+            takes_volumes=len(self.package.patch) == 3,
+        )
         if working_channels(self.package.preparation, found) != len(names):
             mend = "Give that one alone." if len(names) == 1 else "Give one file with all, or case_0000, case_0001, ..."
             raise MedmomError(
@@ -107,18 +114,6 @@ class Predictor:
             raise MedmomError(
                 f"{image.path}: {times(shape)} voxels at the model's spacing {self.package.preparation.spacing} mm. "
                 "Crop the image, and check the spacing in its header."
-            )
-
-    def _check_kind(self, image: Volume) -> None:
-        """Refuses a picture where volumes are segmented, and values beyond a picture's scale where pictures are."""
-        intensity = self.package.preparation.intensity
-        if image.is_picture and (len(self.package.patch) == 3 or intensity == "ct"):
-            raise MedmomError(f"{image.path}: a picture, the model segments volumes. Give a NIfTI image.")
-        low, high = float(image.array.min()), float(image.array.max())
-        if not image.is_picture and intensity == "unit" and (low < 0 or high > 255):
-            raise MedmomError(
-                f"{image.path}: values from {low:g} to {high:g}, the model segments pictures, from 0 to 255. Give a "
-                "picture, or a model for volumes."
             )
 
     def _logits(self, image: np.ndarray, bar_title: str | None) -> np.ndarray:

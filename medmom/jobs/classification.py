@@ -14,6 +14,7 @@ from torch import nn
 
 from medmom.classes import Classes
 from medmom.data.casefiles import CaseFiles
+from medmom.data.class_inspect import holds_classes
 from medmom.data.class_layouts import find_class_cases, split_class_cases, with_cases
 from medmom.data.class_module import ClassDataModule
 from medmom.data.class_split import with_blocks
@@ -50,8 +51,13 @@ class ClassificationJob(Job):
     def start(cls, recipe: RecipeFile, out: Path, device: torch.device, *, quiet: bool) -> Self:
         """Finds, surveys and splits the cases, and completes the recipe's preparation and memory."""
         source = Path(str(recipe.get("data.folder")))
-        found = find_class_cases(source, group=recipe.get("data.group"))
         built = recipe.build()
+        if not holds_classes(source):
+            raise MedmomError(
+                f"{source}: images and label maps, and {built.model.preset} classifies whole images. Give a folder a "
+                "class or a CSV file, or choose a network that segments."
+            )
+        found = find_class_cases(source, group=recipe.get("data.group"))
         found = with_cases(found, participants(found.cases, built.data))
         for note in found.notes:
             logger.info(note)
