@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from medmom.data.atomic import read_json, write_json, write_text
 from medmom.data.casefiles import CaseFiles
 from medmom.errors import MedmomError
 from medmom.inference.explain import SOFTWARE
+from medmom.inference.outputs import check_writable
 
 SLICES = ("case", "slice")
 """First columns of the table of slices; those of the classes follow."""
@@ -91,7 +90,7 @@ def plan_class_outputs(cases: Sequence[CaseFiles], out: Path, *, explain: bool) 
         _check_is_ours(outputs)
         if explain:
             _check_pictures(outputs, cases)
-        _check_writable(out.parent)
+        check_writable(out.parent)
     except OSError as error:
         raise MedmomError(f"{out}: cannot be written ({error.strerror}). Name another output.") from error
     return outputs
@@ -206,16 +205,3 @@ def _is_our_picture(path: Path) -> bool:
 
 def _foreign(path: Path) -> MedmomError:
     return MedmomError(f"{path}: exists and was not written by medmom predict. Move it, or name another output.")
-
-
-def _check_writable(folder: Path) -> None:
-    """Makes the folder and a file in it, and takes both away again."""
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    finally:
-        for place in made:
-            with suppress(OSError):
-                place.rmdir()

@@ -104,7 +104,7 @@ def _plan(cases: Sequence[CaseFiles], out: Path) -> Outputs:
         _check_is_ours(path, sidecar_path(path))
     if outputs.listing is not None:
         _check_is_ours(outputs.listing, outputs.listing)
-    _check_writable(out.parent if is_file else out)
+    check_writable(out.parent if is_file else out)
     return outputs
 
 
@@ -165,8 +165,8 @@ def _check_is_ours(path: Path, record: Path) -> None:
         raise MedmomError(f"{found}: exists and was not written by medmom predict. Move it, or name another output.")
 
 
-def _check_writable(folder: Path) -> None:
-    """Makes the folder and a file in it, and takes both away again."""
+def check_writable(folder: Path) -> None:
+    """Makes the folder and a file in it, and takes both away again; OSError where that cannot be."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
