@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,6 +153,14 @@ def test_predictions_are_scored_and_reported(road: Road, tmp_path: Path) -> None
     for source in (tmp_path / "scores.json", road.run):
         assert run("report", source, "--out", tmp_path / "page.html") == 0
         assert "data:image/png;base64" in (tmp_path / "page.html").read_text()
+
+
+def test_report_of_a_run_finds_the_scores_of_its_table(road: Road, tmp_path: Path) -> None:
+    folder = shutil.copytree(road.run, tmp_path / "run")
+    assert run("predict", folder, "--fold", "validation", "--out", folder / "validation.csv") == 0
+    assert run("evaluate", folder / "validation.csv") == 0
+    assert run("report", folder, "--out", tmp_path / "page.html") == 0
+    assert "Reliability diagram" in (tmp_path / "page.html").read_text()
 
 
 def test_files_and_folders_give_what_the_validation_fold_gave(road: Road, tmp_path: Path) -> None:

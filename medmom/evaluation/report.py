@@ -23,7 +23,11 @@ from medmom.labels import Labels
 logger = logging.getLogger(__name__)
 
 CLASSIFICATION = "classification"
-SCORES_PLACES = ("scores.json", "predictions/scores.json", "validation/scores.json")
+SCORES_PLACES = (
+    *("scores.json", "predictions/scores.json", "validation/scores.json"),
+    # Beside a table of classes.
+    *("validation_scores.json", "classes_scores.json"),
+)
 SCORES_KEYS = ("labels", "cases", "classes", "mean", "num_cases", "num_missing", "num_both_empty", "definitions")
 IMAGE_FOLDERS = ("images", "imagesTr", "imagesTs")
 
@@ -33,8 +37,9 @@ def write_report(source: Path, out: Path, *, images: Path | None = None) -> None
 
     Args:
         source: A run folder, a folder with ``scores.json`` in it, or that file. Of a run folder the
-            scores are the first found of ``scores.json``, ``predictions/scores.json`` and
-            ``validation/scores.json``; without any, the report has the curves alone and says so.
+            scores are the first found of ``scores.json``, ``predictions/scores.json``, ``validation/scores.json`` and
+            of classes ``validation_scores.json`` and ``classes_scores.json``; without any, the report has the curves
+            alone and says so.
         out: The HTML file.
         images: Folder with the scans by case name; None takes the paths that the scores give.
 
