@@ -17,6 +17,7 @@ from tiny import save_image, save_tiny
 from medmom.classes import Classes
 from medmom.data.class_layouts import find_class_cases
 from medmom.data.class_module import ClassDataModule
+from medmom.data.class_survey import summarise
 from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
 from medmom.inference import class_predict as room
@@ -24,7 +25,7 @@ from medmom.inference import class_predictor
 from medmom.inference.appearance import appearance
 from medmom.inference.class_predict import ClassPredictor, predict_classes
 from medmom.inference.explain import SOFTWARE
-from medmom.inference.novelty import fit_novelty, summarise
+from medmom.inference.novelty import fit_novelty
 from medmom.models import MomentumResNet, SliceClassifier
 from medmom.package import load_package, save_package
 

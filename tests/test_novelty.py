@@ -9,9 +9,9 @@ from PIL import Image
 
 from medmom.data.casefiles import CaseFiles
 from medmom.data.class_images import read_class_case
-from medmom.data.class_survey import survey_classes
+from medmom.data.class_survey import summarise, survey_classes
 from medmom.inference.appearance import appearance
-from medmom.inference.novelty import Novelty, _shrunk_covariance, fit_novelty, look, summarise
+from medmom.inference.novelty import Novelty, _shrunk_covariance, fit_novelty, look
 from medmom.models import MomentumResNet, SliceClassifier
 
 SPAN = (0.0, 1.0)

@@ -153,7 +153,7 @@ class Entry:
     def of(cls, folder: Path, files: CaseFiles, labels: Labels, *settings: dict[str, Any]) -> Self:
         """Names the entry of a case by its files, labels and settings."""
         paths = [*files.images, *([files.label] if files.label else [])]
-        sources = [_identity(half) for path in paths for half in _halves(path)]
+        sources = [_identity(half) for path in paths for half in halves(path)]
         key = json.dumps([LAYOUT, sources, files.annotated, labels.as_dict(), *settings], sort_keys=True)
         return cls(folder / hashlib.sha256(key.encode()).hexdigest()[:24])
 
@@ -207,7 +207,7 @@ class Entry:
             ) from error
 
 
-def _halves(path: Path) -> list[Path]:
+def halves(path: Path) -> list[Path]:
     """The file itself, or both files of a ``.hdr``/``.img`` pair."""
     pair = (*HEADER_SUFFIXES, *VOXEL_SUFFIXES)
     if suffix(path) not in pair or not path.parent.is_dir():

@@ -15,11 +15,11 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from medmom.data.cache import Entry
+from medmom.data.cache import Entry, halves
 from medmom.data.case import Case
 from medmom.data.casefiles import CaseFiles
 from medmom.data.class_items import open_items, read_item, unpack_items
-from medmom.data.files import read_images, stem
+from medmom.data.files import read_images
 from medmom.data.nifti import HEADER_SUFFIXES, VOXEL_SUFFIXES, suffix
 from medmom.data.preparation import Preparation, prepare
 from medmom.errors import MedmomError
@@ -136,7 +136,7 @@ def identity(files: CaseFiles) -> list[str | int | None]:
     """
     found: list[str | int | None] = [files.item]
     for path in files.images:
-        for half in _halves(path):
+        for half in halves(path):
             try:
                 stat = half.stat()
             except OSError as error:
@@ -200,13 +200,6 @@ def _prepared(folder: Path, files: CaseFiles, preparation: Preparation) -> Entry
     if not entry.is_sound():
         entry.write({"image": prepare(read_class_case(files), preparation).image})
     return entry
-
-
-def _halves(path: Path) -> list[Path]:
-    """The file itself, or both files of a ``.hdr``/``.img`` pair."""
-    if suffix(path) not in (*HEADER_SUFFIXES, *VOXEL_SUFFIXES):
-        return [path]
-    return sorted(other for other in path.parent.iterdir() if suffix(other) and stem(other) == stem(path))
 
 
 @lru_cache(maxsize=4096)

@@ -152,21 +152,26 @@ def _pair(found: Sequence[CaseFiles]) -> str:
     return f"{_spelt(found[0])} and {_spelt(other)}"
 
 
+def summarise(image: np.ndarray) -> np.ndarray:
+    """Six numbers of an image's intensities as they are in the file, see ``ClassSurvey.summary``; float32, (6,)."""
+    low = image.min()
+    share = np.count_nonzero(image == low) / image.size
+    return np.array([low, *np.percentile(image, (1, 50, 99)), image.max(), share], np.float32)
+
+
 def _survey(case: CaseFiles, items: Path | None) -> ClassSurvey:
     arrays = None if items is None else open_items(items)
     read = read_class_case(case, arrays)
     image = read.image
     digest = hashlib.sha256(repr(image.shape).encode())
     digest.update(np.ascontiguousarray(image).data)
-    low, high = image.min(), image.max()
-    summary = [low, *np.percentile(image, (1, 50, 99)), high, np.count_nonzero(image == low) / image.size]
     grey = image[0].reshape(-1)
     grey = grey[grey > AIR] if (grey > AIR).any() else grey
     count = NUM_VALUES["picture" if image.shape[-1] == 1 else "volume"]
     places = np.random.default_rng(0).integers(len(grey), size=count)
     lengths = read.geometry.reoriented("RAS").shape
     shape = (len(image), lengths[0], lengths[1], lengths[2])
-    return ClassSurvey(digest.hexdigest(), shape, np.array(summary, np.float32), grey[np.sort(places)])
+    return ClassSurvey(digest.hexdigest(), shape, summarise(image), grey[np.sort(places)])
 
 
 def _key(case: CaseFiles) -> bytes:

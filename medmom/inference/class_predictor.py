@@ -13,6 +13,7 @@ import torch
 from medmom.data.case import Case
 from medmom.data.casefiles import CaseFiles
 from medmom.data.class_images import choose_slices, fit_to_patch, is_volume, read_class_case
+from medmom.data.class_survey import summarise
 from medmom.data.preparation import prepare, working_geometry
 from medmom.device import torch_device
 from medmom.errors import MedmomError
@@ -20,7 +21,7 @@ from medmom.evaluation.calibration import probabilities
 from medmom.inference.class_outputs import ClassOutcome
 from medmom.inference.explain import draw_explanation, explain
 from medmom.inference.kinds import check_kind
-from medmom.inference.novelty import look, summarise
+from medmom.inference.novelty import look
 from medmom.inference.predict import MAX_VOXELS
 from medmom.models.sizes import times
 from medmom.package import Package, load_package

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from monai.visualize import GradCAM
 from torch import Tensor, nn
 
+from medmom.evaluation.drawing import BACKGROUND
 from medmom.models.slices import SliceClassifier
 
 SOFTWARE = "medmom predict"
 """Stands in every picture, so that a later run knows it as one that it may replace."""
 
-BACKGROUND, INK = "#0b0d11", "#e8eaed"
+INK = "#e8eaed"
 HEIGHT_INCHES, CAPTION_INCHES, LETTERS_AN_INCH, DPI = 3.6, 0.62, 14, 120
 
 

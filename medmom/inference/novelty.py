@@ -212,13 +212,6 @@ def _whitening(residuals: np.ndarray) -> np.ndarray:
     return np.asarray((vectors / np.sqrt(np.maximum(values, floor))).T)
 
 
-def summarise(image: np.ndarray) -> np.ndarray:
-    """Six numbers of an image's intensities, float32, shape (6,), see ``SUMMARY``; the image as it is in the file."""
-    low = image.min()
-    share = np.count_nonzero(image == low) / image.size
-    return np.array([low, *np.percentile(image, (1, 50, 99)), image.max(), share], np.float32)
-
-
 def look(network: nn.Module, image: Tensor) -> Look:
     """Runs a classifier.
 
