@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +16,8 @@ from medmom.data.augment import monai_transforms, slice_transforms, volume_trans
 from medmom.data.casefiles import CaseFiles
 from medmom.data.files import is_picture
 from medmom.data.folds import Split, leave_out, named_split, split_cases
+from medmom.data.module import default_workers
+from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
 from medmom.network import build_network, plan_memory
 from medmom.optim import schedules
@@ -103,6 +106,43 @@ def check_model(recipe: Recipe, num_classes: int) -> None:
     if wrong:
         legal = [-(-n // d) * d for n, d in zip(patch, divisor, strict=True)]
         raise MedmomError(f"data.patch {list(recipe.data.patch)}: the network halves it; the next size is {legal}.")
+
+
+def settle(recipe: RecipeFile, folder: Path, preparation: Preparation, memory: str) -> None:
+    """Writes into a recipe what it left open; a run that is resumed elsewhere goes on with the same.
+
+    Args:
+        recipe: Of the run, changed in place.
+        folder: Where the data lies.
+        preparation: Fitted.
+        memory: What ``auto`` has become on this device.
+    """
+    built = recipe.build()
+    if built.model.memory == "auto":
+        recipe.set("model.memory", memory)
+    for key, value in asdict(preparation).items():
+        recipe.set(f"preparation.{key}", value)
+    recipe.set("data.folder", str(folder.resolve()))
+    recipe.set("data.cache", str(built.data.cache.resolve()))
+
+
+def chosen(cases: Sequence[CaseFiles], split: Split) -> tuple[tuple[CaseFiles, ...], tuple[CaseFiles, ...]]:
+    """Gives the training and the validation cases of a split."""
+    by_name = {case.name: case for case in cases}
+    return tuple(by_name[name] for name in split.train), tuple(by_name[name] for name in split.validation)
+
+
+def batch_options(recipe: Recipe, num_channels: int, device: torch.device) -> dict[str, Any]:
+    """Gives the arguments that the data modules of both jobs share, see ``CaseDataModule``."""
+    data, training = recipe.data, recipe.training
+    return {
+        "patch": data.patch,
+        "batch_size": data.batch_size,
+        "steps_per_epoch": training.steps_per_epoch * training.accumulate,
+        "transforms": random_changes(recipe, num_channels),
+        "seed": training.seed,
+        "workers": default_workers(device.type) if data.workers is None else data.workers,
+    }
 
 
 def random_changes(recipe: Recipe, num_channels: int) -> list[Transform]:

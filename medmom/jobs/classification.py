@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,13 +20,22 @@ from medmom.data.class_split import with_blocks
 from medmom.data.class_survey import ClassSurvey, check_duplicates, survey_classes
 from medmom.data.class_targets import check_images, class_weights
 from medmom.data.folds import named_split
-from medmom.data.module import default_workers
 from medmom.data.preparation import fit_preparation
 from medmom.errors import MedmomError
 from medmom.evaluation.calibration import fit_temperature
 from medmom.inference.appearance import SPANS, appearance
 from medmom.inference.novelty import fit_novelty, look
-from medmom.jobs.base import Job, check_model, participants, random_changes, schedule_of, without_places
+from medmom.jobs.base import (
+    Job,
+    batch_options,
+    check_model,
+    chosen,
+    participants,
+    random_changes,
+    schedule_of,
+    settle,
+    without_places,
+)
 from medmom.network import plan_memory
 from medmom.optim.groups import freeze
 from medmom.optimizer import make_optimizer
@@ -71,21 +79,13 @@ class ClassificationJob(Job):
         for note in check_duplicates(surveys, split, found.cases):
             logger.info(note)
         preparation = fit_preparation(built.preparation, [surveys[name].values for name in split.train])
-        for key, value in asdict(preparation).items():
-            recipe.set(f"preparation.{key}", value)
         channels = _channels(built, surveys, found.cases)
         random_changes(built, len(channels))
         memory = plan_memory(built, len(channels), found.classes.num_channels, device)
-        if built.model.memory == "auto":
-            # Resumed on a fuller device, the run goes on with the same.
-            recipe.set("model.memory", memory)
-        recipe.set("data.folder", str(source.resolve()))
-        recipe.set("data.cache", str(data.cache.resolve()))
+        settle(recipe, source, preparation, memory)
         # Blocks stay together in what is scored, too.
         grouped = found if data.blocks is None else with_blocks(found, data.blocks)
-        by_name = {case.name: case for case in grouped.cases}
-        training, validation = (tuple(by_name[name] for name in names) for names in (split.train, split.validation))
-        return cls(Run(out, recipe, found.classes, channels, training, validation), quiet=quiet)
+        return cls(Run(out, recipe, found.classes, channels, *chosen(grouped.cases, split)), quiet=quiet)
 
     @property
     def classes(self) -> Classes:
@@ -118,24 +118,21 @@ class ClassificationJob(Job):
 
     def data(self, recipe: Recipe, device: torch.device) -> ClassDataModule:
         """Images to train on, changed at random, and to validate on."""
-        return self._data(recipe, self.run.validation, device)
+        return self._data(recipe, self.run.train, self.run.validation, device)
 
-    def _data(self, recipe: Recipe, validation: Sequence[CaseFiles], device: torch.device) -> ClassDataModule:
+    def _data(
+        self, recipe: Recipe, train: Sequence[CaseFiles], validation: Sequence[CaseFiles], device: torch.device
+    ) -> ClassDataModule:
         data = recipe.data
         return ClassDataModule(
-            self.run.train,
+            train,
             validation,
             classes=self.classes,
             preparation=recipe.preparation,
-            patch=data.patch,
-            batch_size=data.batch_size,
-            steps_per_epoch=recipe.training.steps_per_epoch * recipe.training.accumulate,
-            transforms=random_changes(recipe, len(self.run.channels)),
-            seed=recipe.training.seed,
-            workers=default_workers(device.type) if data.workers is None else data.workers,
             slices=data.slices,
             balance=data.balance,
             cache=data.cache,
+            **batch_options(recipe, len(self.run.channels), device),
         )
 
     def validation_voxels(self) -> Sequence[int]:
@@ -191,7 +188,7 @@ class ClassificationJob(Job):
         """Appearance, targets and logits of cases as they are, without random changes; without a network no logits."""
         span = SPANS[recipe.preparation.intensity]
         parts: list[tuple[Any, Any, Any]] = []
-        for batch in self._data(recipe, cases, device).val_dataloader():
+        for batch in self._data(recipe, (), cases, device).val_dataloader():
             looks = np.stack([appearance(image, span) for image in batch["image"].numpy()])
             logits = looks[:, :0] if network is None else look(network, batch["image"].to(device)).logits.numpy()
             parts.append((looks, batch["target"].numpy(), logits))

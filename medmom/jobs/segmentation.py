@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -14,16 +13,19 @@ from torch import nn
 from medmom.callbacks import ValidationPicture
 from medmom.data.cache import CaseCache, PreparedCase
 from medmom.data.case import find_cases
-from medmom.data.module import CaseDataModule, default_workers
+from medmom.data.module import CaseDataModule
 from medmom.data.preparation import fit_preparation, working_channels
 from medmom.errors import MedmomError
 from medmom.inference.windows import sliding_window
 from medmom.jobs.base import (
     Job,
+    batch_options,
     check_model,
+    chosen,
     participants,
     random_changes,
     schedule_of,
+    settle,
     split_by_recipe,
     without_places,
 )
@@ -58,9 +60,6 @@ class SegmentationJob(Job):
         check_model(built, found.labels.num_channels)
         random_changes(built, len(channels))
         memory = plan_memory(built, len(channels), found.labels.num_channels, device)
-        if built.model.memory == "auto":
-            # Resumed on a fuller device, the run goes on with the same.
-            recipe.set("model.memory", memory)
         takes_part = participants(found.cases, built.data)
         cases = [case for case in takes_part if case.label is not None]
         if len(cases) < len(takes_part):
@@ -68,13 +67,8 @@ class SegmentationJob(Job):
         surveys = CaseCache(built.data.cache, found.labels, quiet=quiet).survey(cases)
         split = split_by_recipe(cases, {name: survey.stratum for name, survey in surveys.items()}, built.data)
         preparation = fit_preparation(built.preparation, [surveys[name].foreground for name in split.train])
-        for key, value in asdict(preparation).items():
-            recipe.set(f"preparation.{key}", value)
-        recipe.set("data.folder", str(found.folder.resolve()))
-        recipe.set("data.cache", str(built.data.cache.resolve()))
-        by_name = {case.name: case for case in cases}
-        training, validation = (tuple(by_name[name] for name in names) for names in (split.train, split.validation))
-        job = cls(Run(out, recipe, found.labels, channels, training, validation), quiet=quiet)
+        settle(recipe, found.folder, preparation, memory)
+        job = cls(Run(out, recipe, found.labels, channels, *chosen(cases, split)), quiet=quiet)
         # What is wrong with the cases is said before a run is written that could never go on.
         job.prepared  # noqa: B018
         return job
@@ -130,18 +124,7 @@ class SegmentationJob(Job):
 
     def data(self, recipe: Recipe, device: torch.device) -> CaseDataModule:
         """Random patches, and whole cases."""
-        data = recipe.data
-        training, validation = self.prepared
-        return CaseDataModule(
-            training,
-            validation,
-            patch=data.patch,
-            batch_size=data.batch_size,
-            steps_per_epoch=recipe.training.steps_per_epoch * recipe.training.accumulate,
-            transforms=random_changes(recipe, len(self.run.channels)),
-            seed=recipe.training.seed,
-            workers=default_workers(device.type) if data.workers is None else data.workers,
-        )
+        return CaseDataModule(*self.prepared, **batch_options(recipe, len(self.run.channels), device))
 
     def validation_voxels(self) -> Sequence[int]:
         """Voxels of each validation case on the working grid."""
