@@ -248,6 +248,11 @@ def test_files_of_others_are_not_replaced(
     assert "was not written by medmom predict" in said
 
 
+def test_mirror_images_are_for_label_maps(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(capsys, folder, "predict", model, image(folder), "--out", folder / "x.csv", "--tta")
+    assert "--tta" in said and "classifies" in said
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "locked").mkdir(mode=0o500)

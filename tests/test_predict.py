@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from tiny import LABELS, save_image, save_tiny, tiny_network
+from tiny_road import save_model
 
 from medmom.data.case import Case
 from medmom.data.files import read_image, write_label
@@ -17,7 +20,7 @@ from medmom.errors import MedmomError
 from medmom.inference import predict as room
 from medmom.inference.inputs import find_inputs
 from medmom.inference.predict import Predictor, predict
-from medmom.inference.windows import num_windows, sliding_window
+from medmom.inference.windows import mirrored, num_windows, sliding_window
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,52 @@ def test_windows_are_blended_by_a_gaussian() -> None:
     # The first half of the second window lies on the second half of the first.
     expected = weight[:4] / (weight[:4] + weight[4:])
     torch.testing.assert_close(blended[0, 0, :, 3, 4], torch.cat([torch.zeros(4), expected, torch.ones(4)]))
+
+
+def test_mirrored_logits_are_the_mean_over_all_mirror_images() -> None:
+    window, seen = torch.randn(2, 1, 4, 5, 6), []
+    ramp = torch.arange(6.0) * torch.arange(5.0)[:, None]
+
+    def network(image: torch.Tensor) -> torch.Tensor:
+        seen.append(image)
+        return torch.cat([image * ramp, image.cumsum(dim=2)], dim=1)
+
+    found = mirrored(network, (1, 2))(window)
+    by_hand = [
+        network(window),
+        network(window.flip(3)).flip(3),
+        network(window.flip(4)).flip(4),
+        network(window.flip(3, 4)).flip(3, 4),
+    ]
+    torch.testing.assert_close(found, torch.stack(by_hand).mean(0))
+    assert len(seen) == 8
+    assert mirrored(network, ()) is network
+
+
+@pytest.mark.parametrize(("patch", "mirror", "axes"), [((16, 16, 16), [0, 2], (0, 2)), ((16, 16, 16), [1], (1,))])
+def test_mirrored_image_gives_the_mirrored_label_map_under_tta(
+    patch: tuple[int, ...], mirror: list[int], axes: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", patch=patch, data={"mirror": mirror})
+    # The edges of the working grid and the size of a window: nothing is resampled, nothing blended.
+    volume = read_image(save_image(tmp_path / "case.nii.gz", (16, 16, 16), affine=np.eye(4)))
+    plain, tta = Predictor(model, device="cpu"), Predictor(model, device="cpu", tta=True)
+    assert (plain.mirrors, tta.mirrors) == ((), axes)
+    turned = replace(volume, array=np.flip(volume.array, [1 + axis for axis in axes]).copy())
+    assert (tta.label_map(turned) == np.flip(tta.label_map(volume), axes)).mean() > 0.999
+    assert (plain.label_map(turned) == np.flip(plain.label_map(volume), axes)).mean() < 0.99
+
+
+@pytest.mark.parametrize("data", [{"mirror": []}, {"mirror": [0, 1, 2], "augment": False}, {}])
+def test_tta_is_refused_where_training_did_not_mirror(data: dict[str, Any], tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", data=data)
+    with pytest.raises(MedmomError, match=r"trained without mirroring \(data.mirror\).* Leave out --tta"):
+        Predictor(model, device="cpu", tta=True)
+
+
+def test_third_axis_of_slices_is_not_mirrored(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", recipe={"data": {"mirror": [0, 1, 2]}})
+    assert Predictor(model, device="cpu", tta=True).mirrors == (0, 1)
 
 
 def test_cases_do_not_touch_each_other(model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -38,6 +39,7 @@ def save_tiny(
     preparation: Preparation = MRI,
     patch: Sequence[int] = (16, 16, 16),
     network: MomentumUNet | None = None,
+    data: dict[str, Any] | None = None,
 ) -> Path:
     save_package(
         folder,
@@ -46,7 +48,7 @@ def save_tiny(
         preparation=preparation,
         patch=patch,
         channels=channels,
-        recipe={"evaluation": {"nsd_tolerance": 1.0}},
+        recipe={"evaluation": {"nsd_tolerance": 1.0}, "data": data or {}},
     )
     return folder
 

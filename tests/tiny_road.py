@@ -236,5 +236,5 @@ def save_model(folder: Path, *, classes: bool = False, edges: int = 2, colour: s
     table = {"classes": Classes(("rows", "columns"))} if classes else {"labels": Labels(tuple(LABELS), (0, 3, 9))}
     preparation = Preparation(None, "zscore" if edges == 3 else "unit", colour=colour)  # type: ignore[arg-type]
     options = {"preparation": preparation, "patch": (16,) * edges, "channels": ("grey",) * in_channels, **table}
-    save_package(folder, network.eval(), recipe={}, **{**options, **changes})
+    save_package(folder, network.eval(), **{"recipe": {}, **options, **changes})
     return folder

@@ -18,9 +18,9 @@ from medmom.errors import MedmomError
 from medmom.inference.inputs import find_inputs, validation_cases
 from medmom.inference.kinds import check_kind
 from medmom.inference.outputs import plan_outputs, write_prediction
-from medmom.inference.windows import num_windows, sliding_window
+from medmom.inference.windows import mirrored, num_windows, sliding_window
 from medmom.models.sizes import times
-from medmom.package import load_package, software_versions
+from medmom.package import Package, load_package, software_versions
 
 MAX_VOXELS = 2**31
 """Largest working grid; a coarser image than the model was made for could ask for any size."""
@@ -48,17 +48,21 @@ class Predictor:
         model: A run folder or model package.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
         overlap: Share of a window that the next one covers again, in [0, 1).
+        tta: Whether logits are averaged over mirror images (test-time augmentation), along the axes that were
+            mirrored in training; each axis doubles the time.
 
     Raises:
-        MedmomError: There is no sound model or no such device, or ``overlap`` lies outside its range.
+        MedmomError: There is no sound model or no such device, ``overlap`` lies outside its range, or the model was
+            trained without mirroring and ``tta`` is asked for.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "auto", overlap: float = 0.5) -> None:
+    def __init__(self, model: str | Path, *, device: str = "auto", overlap: float = 0.5, tta: bool = False) -> None:
         if not 0 <= overlap < 1:
             raise MedmomError(f"overlap {overlap}: give a share of at least 0 and less than 1.")
         self.device = torch_device(device)
         self.overlap = overlap
         self.package = load_package(model)
+        self.mirrors = mirror_axes(self.package) if tta else ()
         self._network = self.package.network.to(self.device)
         self._windows = sliding_window(self.package.patch, overlap=overlap)
 
@@ -123,15 +127,32 @@ class Predictor:
             torch.inference_mode(),
             tqdm(total=total, desc=bar_title, unit="window", leave=False, disable=bar_title is None) as bar,
         ):
+            turned = mirrored(self._network, self.mirrors)
 
             def network(window: torch.Tensor) -> torch.Tensor:
-                logits: torch.Tensor = self._network(window)
+                logits = turned(window)
                 bar.update(len(window))
                 return logits
 
             # Plain tensors: MONAI handles MetaTensors several times slower.
             batch = torch.from_numpy(image)[None].to(self.device)
             return np.asarray(self._windows(batch, network)[0].float().cpu())
+
+
+def mirror_axes(package: Package) -> tuple[int, ...]:
+    """Gives the axes of a window that were mirrored in training.
+
+    Raises:
+        MedmomError: There is none.
+    """
+    data = package.recipe.get("data", {})
+    axes = tuple(int(axis) for axis in data.get("mirror", ()) if axis < len(package.patch))
+    if not axes or not data.get("augment", True):
+        raise MedmomError(
+            f"{package.folder}: the model was trained without mirroring (data.mirror), and mirror images would mislead "
+            "it. Leave out --tta."
+        )
+    return axes
 
 
 def predict(
@@ -143,6 +164,7 @@ def predict(
     fold: str | None = None,
     quiet: bool = False,
     overlap: float = 0.5,
+    tta: bool = False,
 ) -> list[Outcome]:
     """Segments image files: a label map for each on its own grid, and a JSON file beside it that says what it is.
 
@@ -158,6 +180,7 @@ def predict(
         fold: ``"validation"``: the cases that the run was validated on, instead of ``inputs``.
         quiet: No progress bar.
         overlap: Share of a window that the next one covers again.
+        tta: Whether logits are averaged over mirror images, see ``Predictor``.
 
     Returns:
         One outcome a case, in order.
@@ -165,7 +188,7 @@ def predict(
     Raises:
         MedmomError: Model, device, inputs or output cannot be used, or the only case fails.
     """
-    predictor = Predictor(model, device=device, overlap=overlap)
+    predictor = Predictor(model, device=device, overlap=overlap, tta=tta)
     cases = _cases(model, inputs, fold, len(predictor.package.channels))
     outputs = plan_outputs(cases, Path(out))
     about = _about(model, predictor)
@@ -222,6 +245,7 @@ def _about(model: str | Path, predictor: Predictor) -> dict[str, Any]:
             "network": type(package.network).__name__,
             "checksum": package.checksum,
             "overlap": predictor.overlap,
+            "mirrors": list(predictor.mirrors),
             "evaluation": package.recipe.get("evaluation", {}),
         },
     }
