@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Polyps in colonoscopy pictures, from the data folder to the table: trains one fold, segments it, scores the written masks.
+# Polyps in colonoscopy pictures, from the data folder to the tables: trains one fold, segments it, scores the written
+# masks; once more with logits averaged over mirror images.
 #
 #   scripts/bench_polyps.sh FOLDER RUN [--section.key value ...]
 #
@@ -8,7 +9,7 @@
 # A GPU: no further options (the whole recipe), with and without momentum (--model.gate 0) and for --training.seed 0, 1, 2.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
     exit 2
 fi
 folder=$1 run=$2
@@ -18,4 +19,6 @@ medmom=$(dirname "$0")/../.venv/bin/medmom
 "$medmom" train polyps --data.folder "$folder" --data.group near_duplicate_group --out "$run" "$@"
 "$medmom" predict "$run" --fold validation --out "$run/validation"
 "$medmom" evaluate "$run/validation"
+"$medmom" predict "$run" --fold validation --out "$run/mirrored" --tta
+"$medmom" evaluate "$run/mirrored"
 "$medmom" report "$run" --out "$run/report.html"
