@@ -165,6 +165,8 @@ def _caption(name: str, image: np.ndarray) -> str:
     channels = f", {len(image)} channels" if len(image) > 1 else ""
     finite = image[np.isfinite(image)]
     low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
+    # A rounding error below nothing is no news.
+    low, high = (0.0 if abs(value) < 1e-6 * (high - low) else value for value in (low, high))
     strange = "" if finite.size == image.size else ", not all finite"
     return f"{name}\n{size}{channels}, {low:.3g} to {high:.3g}{strange}"
 
