@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import nibabel as nib
 import numpy as np
-import scipy.linalg
 
 from medmom.errors import MedmomError
+from medmom.interpolation import along, axis_weights, float_slabs
 
 # How far, in source voxels over the whole grid, a target axis may leave its source axis and still count
 # as the same: far above the rounding of an affine stored as float32, far below a voxel.
@@ -97,61 +96,6 @@ class Geometry:
         return Geometry(tuple(shape), affine)
 
 
-def _linear_weights(position: np.ndarray, count: int) -> np.ndarray:
-    """Weights (targets, sources) of linear interpolation at ``position``, the border value outside."""
-    position = np.clip(position, 0, count - 1)
-    low = np.minimum(np.floor(position).astype(int), max(count - 2, 0))
-    weights = np.zeros((len(position), count))
-    rows = np.arange(len(position))
-    weights[rows, low] = 1 - (position - low)
-    if count > 1:
-        weights[rows, low + 1] = position - low
-    return weights
-
-
-def _cubic_weights(position: np.ndarray, count: int) -> np.ndarray:
-    """Weights (targets, sources) of the interpolating cubic B-spline, mirrored at the border.
-
-    The coefficients c of the spline solve (c[i-1] + 4 c[i] + c[i+1]) / 6 = f[i]; the weights are
-    the basis at ``position`` times the inverse of that matrix.
-    """
-    if count < 3:
-        return _linear_weights(position, count)
-    position = np.clip(position, 0, count - 1)
-    base = np.floor(position).astype(int)
-    t = position - base
-    basis = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
-    weights = np.zeros((len(position), count))
-    for k in range(4):
-        index = np.abs(base + k - 1)
-        index = np.where(index > count - 1, 2 * (count - 1) - index, index)
-        np.add.at(weights, (np.arange(len(position)), index), basis[k])
-    bands = np.full((3, count), 1 / 6)
-    bands[1] = 4 / 6
-    bands[0, 1] = bands[2, -2] = 2 / 6  # the mirrored neighbour counts twice
-    # weights @ inverse(A) = solve(A.T, weights.T).T, and A.T has the two outer bands swapped.
-    transposed = np.zeros_like(bands)
-    transposed[0, 1:], transposed[1], transposed[2, :-1] = bands[2, :-1], bands[1], bands[0, 1:]
-    return np.ascontiguousarray(scipy.linalg.solve_banded((1, 1), transposed, weights.T).T)
-
-
-def _nearest_weights(position: np.ndarray, count: int) -> np.ndarray:
-    """Weights (targets, sources) that pick the nearest voxel."""
-    weights = np.zeros((len(position), count))
-    weights[np.arange(len(position)), np.clip(np.floor(position + 0.5).astype(int), 0, count - 1)] = 1
-    return weights
-
-
-@lru_cache(maxsize=64)
-def _weights(source_count: int, target_count: int, scale: float, offset: float, order: int) -> np.ndarray | None:
-    """Interpolation matrix (targets, sources) of one axis as float32; None where the axis is taken as it is."""
-    position = scale * np.arange(target_count) + offset
-    if source_count == target_count and np.abs(position - np.arange(target_count)).max() < 1e-4:
-        return None
-    rule = {0: _nearest_weights, 1: _linear_weights, 3: _cubic_weights}[order]
-    return rule(position, source_count).astype(np.float32)
-
-
 def _aligned(
     image: np.ndarray, source: Geometry, target: Geometry, order: int
 ) -> tuple[np.ndarray, list[np.ndarray | None]]:
@@ -174,49 +118,73 @@ def _aligned(
         if scale < 0:
             image = np.flip(image, 1 + axis)
             scale, start = -scale, count - 1 - start
-        weights.append(_weights(count, target.shape[axis], float(scale), float(start), order))
+        weights.append(axis_weights(count, target.shape[axis], float(scale), float(start), order))
     return image, weights
 
 
-def _along(image: np.ndarray, weights: np.ndarray, axis: int) -> np.ndarray:
-    """Multiplies one axis of a contiguous array with a matrix (targets, sources)."""
-    before, after = image.shape[:axis], image.shape[axis + 1 :]
-    if not after:
-        return np.asarray(image @ weights.T)
-    stacked = image.reshape(int(np.prod(before)), image.shape[axis], int(np.prod(after)))
-    return np.asarray(np.matmul(weights, stacked)).reshape(*before, len(weights), *after)
-
-
-def resample(image: np.ndarray, source: Geometry, target: Geometry, *, order: int) -> np.ndarray:
+def resample(
+    image: np.ndarray,
+    source: Geometry,
+    target: Geometry,
+    *,
+    order: int,
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """Brings an image from one grid to another that shares its axes, as one matrix product an axis.
 
     Where the grids differ by order and direction of the axes alone, the voxels are copied, not computed.
-    Outside the source the nearest border voxel counts.
+    Outside the source the nearest border voxel counts. Products run in float32, slab by slab along the source axis
+    that becomes the target's last, so that no float copy of the whole image is made; the last axis follows at once.
+    The bits of the result depend neither on the type of ``image``, as long as float32 holds its values, nor on its
+    memory order.
 
     Args:
-        image: Shape (C, *source.shape); computed in float32.
+        image: Shape (C, *source.shape), any type and memory order.
         source: Grid of ``image``.
         target: Grid wanted; its axes are the source's, permuted, flipped and scaled.
         order: 0 nearest, 1 linear, 3 interpolating cubic B-spline, kept within each channel's range.
+        change: What is done to the voxels first. It gets float32 slabs (C, ...) whose other axes come in any order,
+            may write to them, and gives slabs of the same voxels, of as many channels as it likes.
 
     Returns:
-        A new array, shape (C, *target.shape); float32, or the image's own type where voxels are copied.
+        A new array, shape (C, *target.shape); float32, or the image's own type where voxels are copied unchanged.
 
     Raises:
         ValueError: The grids do not share their axes, or ``image`` does not fit ``source``.
     """
     _check_fit(image, source)
     turned, weights = _aligned(image, source, target, order)
-    if all(w is None for w in weights):
+    if change is None and all(w is None for w in weights):
         return turned.copy()
-    result = np.ascontiguousarray(turned, dtype=np.float32)
-    for axis, matrix in enumerate(weights):
-        if matrix is not None:
-            result = _along(result, matrix, 1 + axis)
+    result, lowest, highest = _two_axes(turned, weights, change)
+    if weights[2] is not None:
+        result = along(result, weights[2], 3)
     if order > 1:
-        for channel, original in zip(result, image, strict=True):
-            np.clip(channel, original.min(), original.max(), out=channel)
+        for channel, low, high in zip(result, lowest, highest, strict=True):
+            np.clip(channel, low, high, out=channel)
     return result
+
+
+def _two_axes(
+    turned: np.ndarray, weights: Sequence[np.ndarray | None], change: Callable[[np.ndarray], np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Resamples the first two axes slab by slab.
+
+    Returns:
+        The image, its last axis as it was, and the lowest and the highest value of each channel before.
+    """
+    result, lows, highs = np.empty(0, dtype=np.float32), [], []
+    for place, slab in float_slabs(turned):
+        part = slab if change is None else change(slab)
+        lows.append(part.min(axis=(1, 2, 3)))
+        highs.append(part.max(axis=(1, 2, 3)))
+        for axis, matrix in ((3, weights[0]), (2, weights[1])):
+            if matrix is not None:
+                part = along(part, matrix, axis)
+        if place.start == 0:
+            result = np.empty((len(part), part.shape[3], part.shape[2], turned.shape[3]), dtype=np.float32)
+        result[..., place] = part.transpose(0, 3, 2, 1)
+    return result, np.min(lows, axis=0), np.max(highs, axis=0)
 
 
 def resample_slabs(
@@ -246,11 +214,11 @@ def resample_slabs(
             rows = weights[2][place]
             used = np.flatnonzero(rows.any(axis=0))
             needed = slice(used[0], used[-1] + 1)
-            slab = _along(np.ascontiguousarray(turned[..., needed], dtype=np.float32), rows[:, needed], 3)
+            slab = along(np.ascontiguousarray(turned[..., needed], dtype=np.float32), rows[:, needed], 3)
         for axis in (0, 1):
             matrix = weights[axis]
             if matrix is not None:
-                slab = _along(slab, matrix, 1 + axis)
+                slab = along(slab, matrix, 1 + axis)
         yield place, slab
 
 

@@ -9,6 +9,7 @@ import scipy.ndimage
 
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry, resample, resample_slabs
+from medmom.interpolation import BLOCK, THICKNESS
 
 ORIENTATIONS = [
     "".join(code) for order in itertools.permutations(["RL", "AP", "SI"]) for code in itertools.product(*order)
@@ -85,6 +86,66 @@ def test_slabs_equal_the_whole() -> None:
     assert len(slabs) > 1
     np.testing.assert_allclose(np.concatenate([slab for _, slab in slabs], axis=-1), whole, atol=1e-5)
     assert [place.start for place, _ in slabs][1] == 4
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPI", "SRA", "PIL"])
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_bits_depend_neither_on_type_nor_on_memory_order(order: int, orientation: str) -> None:
+    source = oblique(7, (37, 41, 35))
+    target = source.reoriented(orientation)
+    target = target.with_spacing(np.array(target.spacing) * (1.3, 0.45, 0.9))
+    assert max(target.shape) > BLOCK > THICKNESS
+    image = np.random.default_rng(8).integers(-1024, 3000, size=(2, *source.shape)).astype(np.int16)
+    expected = resample(image.astype(np.float32), source, target, order=order)
+    twice = np.repeat(image, 2, axis=3)[..., ::2]
+    stored = np.asfortranarray(image.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
+    for twin in (image, stored, twice, stored.astype(np.int32), image.astype(">i2"), np.asfortranarray(image, "f4")):
+        np.testing.assert_array_equal(resample(twin, source, target, order=order), expected, strict=True)
+
+
+def test_change_comes_before_the_interpolation() -> None:
+    source = oblique(9, (20, 18, 40))
+    target = source.reoriented("RAS").with_spacing((0.9, 2.1, 1.4))
+    image = np.random.default_rng(0).normal(size=(3, *source.shape)).astype(np.float32)
+    before = image.copy()
+
+    def change(slab: np.ndarray) -> np.ndarray:
+        assert slab.dtype == np.float32
+        assert slab.shape[1] <= THICKNESS
+        slab *= slab
+        return slab[:2]
+
+    changed = resample(image, source, target, order=3, change=change)
+    np.testing.assert_array_equal(image, before)
+    np.testing.assert_array_equal(changed, resample(np.square(image[:2]), source, target, order=3), strict=True)
+    assert changed.flags.c_contiguous
+    low, high = np.square(image[:2]).min(axis=(1, 2, 3)), np.square(image[:2]).max(axis=(1, 2, 3))
+    assert (changed.min(axis=(1, 2, 3)) >= low).all()
+    assert (changed.max(axis=(1, 2, 3)) <= high).all()
+    assert (changed.min(axis=(1, 2, 3)) == low).any(), "the cubic spline of this noise leaves its range"
+
+
+def test_change_without_interpolation_gives_float32() -> None:
+    source = oblique(10, (5, 4, 33))
+    image = np.random.default_rng(0).integers(0, 99, size=(1, *source.shape)).astype(np.int16)
+    half = resample(image, source, source.reoriented("SPL"), order=3, change=lambda slab: slab / np.float32(2))
+    np.testing.assert_array_equal(half, resample(image, source, source.reoriented("SPL"), order=3) / np.float32(2))
+    assert half.dtype == np.float32
+
+
+def test_long_axes_equal_scipy() -> None:
+    source = Geometry((150, 7, 90), np.diag([1.0, 1.0, 1.0, 1.0]))
+    target = source.with_spacing((0.6, 1.0, 1.7))
+    image = np.random.default_rng(3).normal(size=(1, *source.shape)).astype(np.float32)
+    matrix = np.linalg.inv(source.affine) @ target.affine
+    lines = [
+        np.clip(matrix[k, k] * np.arange(n) + matrix[k, 3], 0, m - 1)
+        for k, (n, m) in enumerate(zip(target.shape, source.shape, strict=True))
+    ]
+    position = np.meshgrid(*lines, indexing="ij")
+    expected = scipy.ndimage.map_coordinates(image[0].astype(np.float64), position, order=3, mode="mirror")
+    expected = np.clip(expected, image.min(), image.max())
+    np.testing.assert_allclose(resample(image, source, target, order=3)[0], expected, atol=5e-6)
 
 
 def test_one_voxel_thick_axes_are_resampled() -> None:

@@ -116,6 +116,69 @@ def test_constant_mri_becomes_zero(value: float) -> None:
     np.testing.assert_array_equal(result, 0)
 
 
+CLIPPED = Preparation((1.0, 1.3, 2.0), "ct", (-100, 900), 50.0, 330.0)
+
+
+@pytest.mark.parametrize(
+    "preparation",
+    [
+        CLIPPED,
+        ZSCORE,
+        Preparation(None, "zscore", plane="sagittal"),
+        Preparation(None, "unit", size=(20, 17)),
+        Preparation(None, "zscore", colour="grey", size=(30, 31)),
+        Preparation((2, 2, 1), "unit", colour="grey"),
+        dataclasses.replace(CLIPPED, plane="coronal"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("orientation", ["RAS", "LPI", "SAR"])
+def test_preparing_stored_integers_gives_the_bits_of_float32(preparation: Preparation, orientation: str) -> None:
+    affine = np.diag([1.0, 0.8, 1.2, 1])
+    geometry = Geometry((33, 20, 35), affine).reoriented(orientation)
+    image = np.random.default_rng(5).integers(-1024, 3000, size=(3, *geometry.shape)).astype(np.int16)
+    stored = np.asfortranarray(image.transpose(1, 2, 3, 0)).transpose(3, 0, 1, 2)
+    expected = prepare(case_of(image, geometry), preparation).image
+    for twin in (image, stored, stored.astype(np.float32), image.astype(np.int32)):
+        prepared = prepare(Case("case", twin, None, geometry, ()), preparation).image
+        np.testing.assert_array_equal(prepared, expected, strict=True)
+        assert prepared.flags.c_contiguous
+
+
+@pytest.mark.parametrize("colour", ["own", "grey"])
+def test_mri_has_the_mean_and_deviation_of_double_precision(colour: Any) -> None:
+    geometry = Geometry((21, 18, 50), np.eye(4))
+    image = np.random.default_rng(2).normal(4e4, 3, size=(3, *geometry.shape)).astype(np.float32)
+    result = prepare(case_of(image, geometry), Preparation(None, "zscore", colour=colour)).image
+    if colour == "grey":
+        shares = np.array([0.299, 0.587, 0.114], np.float32)[:, None, None, None]
+        image = np.sum(shares * image, axis=0, keepdims=True, dtype=np.float32)
+    double = image.astype(np.float64)
+    axes = (1, 2, 3)
+    expected = (double - double.mean(axis=axes, keepdims=True)) / double.std(axis=axes, keepdims=True)
+    # Grey is rounded to float32, 0.004 here, in whatever order the colours are added.
+    np.testing.assert_allclose(result, expected, atol=5e-3 if colour == "grey" else 1e-6)
+
+
+@pytest.mark.parametrize("intensity", ["ct", "zscore", "unit"])
+def test_whole_scan_never_exists_as_float(intensity: Any) -> None:
+    own = Geometry((128, 128, 256), np.diag([-1.0, -1, 1, 1]))
+    stored = np.random.default_rng(0).integers(-1000, 1000, size=(256, 128, 128), dtype=np.int16).T[None]
+    preparation = Preparation((2, 2, 2), intensity, (-900, 900), 0.0, 300.0)
+    working = working_geometry(preparation, own)
+    prepare(Case("", stored[..., :8], None, Geometry((128, 128, 8), own.affine), ()), preparation)
+    tracemalloc.start()
+    try:
+        prepare(Case("", stored, None, own, ()), preparation)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    result = 4 * np.prod(working.shape)
+    half_way = 4 * np.prod((*working.shape[:2], 256))
+    slab = 4 * np.prod((128, 128, 16))
+    assert peak < 1.2 * (result + half_way) + 2 * slab < 2 * stored.nbytes
+
+
 @pytest.mark.parametrize("preparation", [ZSCORE, Preparation((1, 1, 1), "ct", (-100, 200), 50.0, 30.0)])
 def test_preparing_leaves_the_case_as_it_was(preparation: Preparation) -> None:
     rng = np.random.default_rng(4)

@@ -14,7 +14,7 @@ from medmom.data.header import spell_edges
 from medmom.data.masks import named_values, read_mask, write_mask
 from medmom.data.nifti import HEADER_SUFFIXES, SINGLE_SUFFIXES, open_nifti, suffix, write_label_voxels
 from medmom.data.pictures import is_picture, picture_channels, picture_geometry, read_picture
-from medmom.data.voxels import class_numbers, intensities
+from medmom.data.voxels import class_numbers, compact_intensities, intensities
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 from medmom.labels import Labels
@@ -22,6 +22,7 @@ from medmom.labels import Labels
 __all__ = [
     "Volume",
     "atomic_file",
+    "check_contrast",
     "check_same_grid",
     "is_image",
     "is_picture",
@@ -44,7 +45,8 @@ class Volume:
 
     Attributes:
         path: The file it was read from.
-        array: An image: float32, shape (C, X, Y, Z). A label map: integers, shape (X, Y, Z).
+        array: An image: float32, or integers where it was read compact, shape (C, X, Y, Z). A label map: integers,
+            shape (X, Y, Z).
         geometry: The grid.
         header: nibabel's header, for the codes and units of a result on the same grid; None for a picture.
         bits: Bits of a channel in the file of a picture image; None for all else.
@@ -111,22 +113,31 @@ def read_image(path: str | Path) -> Volume:
         MedmomError: The file is missing, damaged or no image volume, or a voxel is not finite.
     """
     volume = _read_channels(Path(path))
-    _check_contrast(volume)
+    check_contrast(volume)
     return volume
 
 
-def read_images(paths: Sequence[str | Path]) -> Volume:
+def read_images(paths: Sequence[str | Path], *, compact: bool = False) -> Volume:
     """Reads one case whose channels may lie in several files; the header is that of the first.
+
+    Args:
+        paths: One file or several, each of one channel or more.
+        compact: Keep the integers of a volume as they are stored, see ``compact_intensities``: the array is then
+            ``int8``, ``uint8``, ``int16``, ``uint16``, ``int32`` or float32, of the same values and of any memory
+            order. A picture is float32 all the same.
+
+    Returns:
+        The volume, array of shape (C, X, Y, Z).
 
     Raises:
         MedmomError: As ``read_image``; or a file lies on another grid than the first.
     """
-    volumes = [_read_channels(Path(path)) for path in paths]
+    volumes = [_read_channels(Path(path), compact=compact) for path in paths]
     for other in volumes[1:]:
         check_same_grid(volumes[0], other)
-    array = volumes[0].array if len(volumes) == 1 else np.concatenate([volume.array for volume in volumes])
+    array = volumes[0].array if len(volumes) == 1 else _together([volume.array for volume in volumes])
     volume = replace(volumes[0], array=array)
-    _check_contrast(volume)
+    check_contrast(volume)
     return volume
 
 
@@ -212,20 +223,32 @@ def write_label(path: str | Path, label: np.ndarray, labels: Labels, like: Volum
             write_label_voxels(stream, stored, labels, like.header, compress=suffix(path) != ".nii")
 
 
-def _read_channels(path: Path) -> Volume:
-    """Reads float32 channels; a constant image is for the caller to refuse."""
+def _read_channels(path: Path, *, compact: bool = False) -> Volume:
+    """Reads channels; a constant image is for the caller to refuse."""
     if is_picture(path):
         array, bits = read_picture(path)
         return Volume(path, array, _pixel_grid(array), None, bits)
     file = open_nifti(path)
-    return Volume(path, intensities(file), file.geometry, file.header)
+    array = compact_intensities(file) if compact else intensities(file)
+    return Volume(path, array, file.geometry, file.header)
+
+
+def _together(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Joins the channels of several files; integers beside float32 become float32, whatever their size."""
+    floats = any(array.dtype == np.float32 for array in arrays)
+    return np.concatenate(arrays, dtype=np.float32 if floats else np.result_type(*arrays))
 
 
 def _pixel_grid(array: np.ndarray) -> Geometry:
     return Geometry(array.shape[-3:], np.eye(4))
 
 
-def _check_contrast(volume: Volume) -> None:
+def check_contrast(volume: Volume) -> None:
+    """Demands that an image shows anything.
+
+    Raises:
+        MedmomError: Every voxel has one value.
+    """
     if volume.array.min() == volume.array.max():
         value, unit = float(volume.array.flat[0]), "pixel" if volume.is_picture else "voxel"
         raise MedmomError(f"{volume.path}: every {unit} is {value:g}, the image shows nothing. Give the true image.")

@@ -129,7 +129,7 @@ def write_label_voxels(stream: BinaryIO, stored: np.ndarray, labels: Labels, lik
         like: nibabel's header of the image.
         compress: Whether to write gzip, at level 1.
     """
-    header = _label_header(like, stored.shape, stored.dtype)
+    header = label_header(like, stored.shape, stored.dtype)
     header.extensions.append(nib.nifti1.Nifti1Extension(LABEL_TABLE_CODE, _label_table(labels)))
     if not compress:
         _write_volume(stream, header, stored)
@@ -205,7 +205,7 @@ def _format_name(path: Path) -> str:
     return next(names, "not a NIfTI file by its name")
 
 
-def _label_header(old: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+def label_header(old: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """Makes a header of the same NIfTI version, grid, codes and units, and nothing else of the input's."""
     header = nib.Nifti2Header() if isinstance(old, nib.Nifti2Header) else nib.Nifti1Header()
     header.set_data_shape(shape[:2] if int(old["dim"][0]) == 2 else shape)

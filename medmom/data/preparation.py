@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from medmom.data.case import Case
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry, resample, resample_slabs
+from medmom.interpolation import float_slabs
 
 AXES = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
 """Where the axes of the working grid point, by what the third one counts."""
@@ -110,16 +112,22 @@ def working_geometry(preparation: Preparation, geometry: Geometry) -> Geometry:
 def prepare(case: Case, preparation: Preparation) -> Case:
     """Brings a case to the working grid and scales its intensities.
 
+    Besides what is given and what is returned, the image exists at most half resampled: slabs of it become float32
+    and are scaled one after the other. The result is the same to the last bit for the same intensities, however they
+    are stored.
+
     Args:
-        case: On its own grid.
+        case: On its own grid; the image float32 or integers (see ``read_images``), in any memory order.
         preparation: Fitted (see ``fit_preparation``).
 
     Returns:
         The case on the working grid: image float32 (C, X, Y, Z), label ``uint8`` (X, Y, Z) or None.
     """
     target = working_geometry(preparation, case.geometry)
-    image = _scale(_coloured(case.image, preparation.colour), preparation)
-    image = resample(image, case.geometry, target, order=3)
+    change = _change(case.image, preparation)
+    image = resample(case.image, case.geometry, target, order=3, change=change)
+    if preparation.colour == "rgb" and len(image) == 1:
+        image = np.repeat(image, 3, axis=0)
     label = case.label
     if label is not None:
         label = resample_label(label, case.geometry, target)
@@ -132,32 +140,61 @@ def working_channels(preparation: Preparation, num_channels: int) -> int:
     return num_channels if wanted is None or num_channels not in (1, 3) else wanted
 
 
-def _coloured(image: np.ndarray, colour: str) -> np.ndarray:
-    """Brings images of one and of three channels to the number wanted; others stay as they are."""
-    if colour == "grey" and len(image) == 3:
-        return np.tensordot(np.array(LUMA, np.float32), image, axes=1)[None]
-    if colour == "rgb" and len(image) == 1:
-        return np.repeat(image, 3, axis=0)
-    return image
+def _change(image: np.ndarray, preparation: Preparation) -> Callable[[np.ndarray], np.ndarray]:
+    """Gives what brings a float32 slab (C, ...) of the image to the channels and the scale of the working grid."""
+    to_grey = preparation.colour == "grey" and len(image) == 3
+    scale = _scale(image, to_grey, preparation)
+    return lambda slab: scale(_grey(slab) if to_grey else slab)
 
 
-def _scale(image: np.ndarray, preparation: Preparation) -> np.ndarray:
+def _grey(slab: np.ndarray) -> np.ndarray:
+    red, green, blue = (np.float32(share) * channel for share, channel in zip(LUMA, slab, strict=True))
+    return np.asarray(red + green + blue)[None]
+
+
+def _scale(image: np.ndarray, to_grey: bool, preparation: Preparation) -> Callable[[np.ndarray], np.ndarray]:
+    """Gives what scales a slab in place."""
     if preparation.intensity == "unit":
-        return image / np.float32(255)
+        return lambda slab: np.divide(slab, np.float32(255), out=slab)
     if preparation.intensity == "ct":
-        if not preparation.is_fitted or preparation.clip is None:
+        if preparation.clip is None or preparation.mean is None or preparation.std is None:
             raise ValueError("the preparation is not fitted")
-        low, high = preparation.clip
-        scaled: np.ndarray = np.clip(image, low, high)
-        scaled -= np.float32(preparation.mean)
-        scaled /= np.float32(preparation.std)
-        return scaled
-    axes = tuple(range(1, image.ndim))
-    # Sums of float32 squares overflow for large and vanish for tiny intensities: reduce in float64.
-    mean = image.mean(axis=axes, keepdims=True, dtype=np.float64)
-    std = image.std(axis=axes, keepdims=True, dtype=np.float64)
-    std[std == 0] = 1  # a constant image becomes 0, not NaN
-    return np.asarray((image - mean) / std, dtype=np.float32)
+        (low, high), mean, std = preparation.clip, np.float32(preparation.mean), np.float32(preparation.std)
+
+        def clip(slab: np.ndarray) -> np.ndarray:
+            np.clip(slab, low, high, out=slab)
+            slab -= mean
+            slab /= std
+            return slab
+
+        return clip
+    means, deviations = _statistics(image, to_grey)
+
+    def standardise(slab: np.ndarray) -> np.ndarray:
+        # float32 would lose what differs by little from a large mean.
+        double = slab - means
+        double /= deviations
+        slab[...] = double
+        return slab
+
+    return standardise
+
+
+def _statistics(image: np.ndarray, to_grey: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, float64, shape (C, 1, 1, 1); 1 for that of a constant channel."""
+
+    def mean(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        slabs = (_grey(slab) if to_grey else slab for _, slab in float_slabs(image))
+        sums = [function(slab).sum(axis=(1, 2, 3), keepdims=True, dtype=np.float64) for slab in slabs]
+        return np.asarray(np.sum(sums, axis=0) / math.prod(image.shape[1:]))
+
+    # Sums of float32 squares overflow for large and vanish for tiny intensities: reduce in float64. Sums about one
+    # voxel are 0 for a constant channel, which becomes 0 and not NaN or noise.
+    _, first = next(float_slabs(image[:, :1, :1, :1]))
+    pivot = (_grey(first) if to_grey else first).astype(np.float64)
+    means = pivot + mean(lambda slab: slab - pivot)
+    deviations = np.sqrt(mean(lambda slab: np.square(slab - means)))
+    return means, np.where(deviations == 0, 1.0, deviations)
 
 
 def resample_label(label: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:
