@@ -14,11 +14,21 @@ from torch import nn
 
 from medmom import __version__, models
 from medmom.classes import Classes
+from medmom.cleanup import Cleanup
 from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
 from medmom.inference.novelty import Novelty
 from medmom.labels import Labels
-from medmom.package_files import DESCRIPTION, MEND, SCHEMA, WEIGHTS, read_description, read_weights, write_files
+from medmom.package_files import (
+    DESCRIPTION,
+    MEND,
+    SCHEMA,
+    WEIGHTS,
+    read_description,
+    read_weights,
+    with_field,
+    write_files,
+)
 
 CLASSIFIERS = ("MomentumResNet", "SliceClassifier")
 """Networks of ``medmom.models`` that give one answer for a whole image."""
@@ -44,6 +54,8 @@ class Package:
         temperature: By which a classifier's logits are divided before they become probabilities.
         novelty: What a classifier's training images look like; None: not known.
         slices: How many slices of a volume a classifier looks at; None: it looks at the whole image.
+        cleanup: What validation cases chose to do with label maps after the network; None: nothing.
+        raw_checksum: What ``checksum`` is without the cleanup; predictions that chose it carry this one.
     """
 
     folder: Path
@@ -58,6 +70,8 @@ class Package:
     temperature: float = 1.0
     novelty: Novelty | None = None
     slices: int | None = None
+    cleanup: Cleanup | None = None
+    raw_checksum: str = ""
 
     @property
     def labels(self) -> Labels:
@@ -229,6 +243,9 @@ def _package(folder: Path, description: Mapping[str, Any], tensors: Mapping[str,
     network = _build(description["network"], weights)
     numbers, slices = description.get("novelty"), description.get("slices")
     novelty = None if numbers is None else Novelty.from_parts(numbers, extra)
+    cleanup = description.get("cleanup")
+    if cleanup is not None and not isinstance(table, Labels):
+        raise ValueError("a cleanup of label maps for classes of images")
     _check_fit(network, table, channels)
     return Package(
         folder=folder,
@@ -243,6 +260,8 @@ def _package(folder: Path, description: Mapping[str, Any], tensors: Mapping[str,
         temperature=_checked_temperature(description["temperature"]) if is_of_images else 1.0,
         novelty=novelty,
         slices=None if slices is None else int(slices),
+        cleanup=Cleanup.from_dict(cleanup, table) if cleanup is not None and isinstance(table, Labels) else None,
+        raw_checksum=str(with_field(description, "cleanup", None)["sha256"]),
     )
 
 

@@ -75,10 +75,19 @@ def write_files(folder: Path, description: Mapping[str, Any], weights: bytes) ->
         ValueError: A number in the description is nan or infinite.
     """
     # Numbers as keys become text here, before keys are sorted: reading must find the same order.
-    whole = json.loads(
-        json.dumps({**description, "weights_sha256": hashlib.sha256(weights).hexdigest()}, default=_plain)
-    )
+    told = {key: value for key, value in description.items() if key != "sha256"}
+    whole = json.loads(json.dumps({**told, "weights_sha256": hashlib.sha256(weights).hexdigest()}, default=_plain))
     _replace_folder(folder, {WEIGHTS: weights, DESCRIPTION: _canonical({**whole, "sha256": _digest(whole)})})
+
+
+def with_field(description: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Gives a description with one field of plain types changed, or without it where ``value`` is None.
+
+    Its own checksum is that of the new content.
+    """
+    changed = {key: field for key, field in description.items() if key not in (name, "sha256")}
+    changed = json.loads(json.dumps(changed if value is None else {**changed, name: value}))
+    return {**changed, "sha256": _digest(changed)}
 
 
 def _canonical(description: Mapping[str, Any]) -> bytes:

@@ -15,6 +15,7 @@ from tiny import LABELS, MRI, save_tiny, tiny_network
 
 from medmom import models, package_files
 from medmom.classes import Classes
+from medmom.cleanup import Cleanup
 from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
 from medmom.inference.novelty import Novelty
@@ -392,3 +393,48 @@ def test_loading_leaves_random_numbers_alone(sound: Path) -> None:
     before = torch.get_rng_state()
     load_package(sound)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+CLEANUP = {"largest": ["head"], "smoothing": {"body": 1.5}}
+
+
+def test_package_without_a_cleanup_has_no_word_of_it(sound: Path) -> None:
+    assert "cleanup" not in json.loads((sound / "model.json").read_text())
+    package = load_package(sound)
+    assert package.cleanup is None
+    assert package.raw_checksum == package.checksum
+
+
+def test_cleanup_is_read_and_the_checksum_without_it_known(sound: Path, copy: Path) -> None:
+    rewrite(copy, cleanup=CLEANUP)
+    package = load_package(copy)
+    assert package.cleanup == Cleanup(("head",), (("body", 1.5),))
+    assert package.raw_checksum == load_package(sound).checksum != package.checksum
+
+
+@pytest.mark.parametrize(
+    "cleanup",
+    [
+        {"largest": ["tail"], "smoothing": {}},
+        {"largest": ["background"], "smoothing": {}},
+        {"largest": [], "smoothing": {"body": -1}},
+        {"largest": ["head"]},
+        {**CLEANUP, "holes": []},
+        {"largest": None, "smoothing": {}},
+        "largest",
+        [1],
+        0,
+    ],
+)
+def test_malformed_cleanup_is_refused_in_one_line(cleanup: Any, copy: Path) -> None:
+    rewrite(copy, cleanup=cleanup)
+    with pytest.raises(MedmomError, match=r"does not fit together|is missing") as caught:
+        load_package(copy)
+    assert "\n" not in str(caught.value)
+
+
+def test_classifier_with_a_cleanup_is_refused(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "model")
+    rewrite(folder, cleanup=CLEANUP)
+    with pytest.raises(MedmomError, match="a cleanup of label maps for classes of images"):
+        load_package(folder)
