@@ -9,6 +9,7 @@ from typing import Any
 from medmom.data.case import CaseFiles
 from medmom.data.files import is_image, is_picture, picture_channels, read_json, stem
 from medmom.errors import MedmomError
+from medmom.inference.table_inputs import cases_of_table, is_case_table
 from medmom.package import package_folder
 
 CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
@@ -18,7 +19,7 @@ Channels = dict[int, Path]
 
 
 def find_inputs(inputs: Sequence[str | Path], num_channels: int) -> list[CaseFiles]:
-    """Turns files, folders and globs into cases, in the order given; a file that is given twice counts once.
+    """Turns files, folders, globs and CSV files into cases, in the order given; a file given twice counts once.
 
     A folder stands for the images that lie directly in it. nnU-Net's channel files (``case_0000.nii.gz``,
     ``case_0001.nii.gz``) are one case named ``case``: always where the model takes several channels; where it takes
@@ -27,27 +28,34 @@ def find_inputs(inputs: Sequence[str | Path], num_channels: int) -> list[CaseFil
     only where they are grey and as many as the model's channels, from 0000 on; one picture with all channels that is
     named ``case_0000`` is ``case`` where all are named so.
 
+    A CSV file stands for the cases in its rows (see ``cases_of_table``), which come last; what lies in a row is not
+    taken again for being given as a file.
+
     Args:
         inputs: Paths and globs. A path that does not exist is a case that cannot be read.
         num_channels: Image channels that the model takes.
 
     Returns:
-        Cases without label; at least one.
+        Cases, at least one; without label, unless a CSV file names it.
 
     Raises:
-        MedmomError: Nothing is given, a folder has no image, a glob matches nothing, or two cases have one name.
+        MedmomError: Nothing is given, a folder has no image, a glob matches nothing, a CSV file is not of the form, or
+            two cases have one name.
     """
     if not inputs:
-        raise MedmomError("no input is given. Name image files, folders or globs, or --fold validation.")
+        raise MedmomError("no input is given. Name image files, folders, globs or a CSV file, or --fold validation.")
     files: dict[Path, Path] = {}
     for given in inputs:
         try:
             # The folder alone is resolved: two links to one file are two cases, with names of their own.
             for path in _expand(str(given)):
-                files.setdefault(path.parent.resolve() / path.name, path)
+                files.setdefault(_place(path), path)
         except OSError as error:
             raise MedmomError(f"{given}: cannot be read ({error.strerror}). Check path and permissions.") from error
-    cases = list(_cases(list(files.values()), num_channels))
+    listed = [case for path in files.values() if is_case_table(path) for case in cases_of_table(path)]
+    known = {_place(image) for case in listed for image in case.images}
+    plain = [path for place, path in files.items() if not is_case_table(path) and place not in known]
+    cases = [*_cases(plain, num_channels), *listed]
     _check_names(cases)
     return cases
 
@@ -77,6 +85,10 @@ def validation_cases(model: str | Path) -> list[CaseFiles]:
         raise MedmomError(f"{path}: lists no validation case. Name the inputs instead of --fold.")
     _check_names(cases)
     return cases
+
+
+def _place(path: Path) -> Path:
+    return path.parent.resolve() / path.name
 
 
 def _expand(given: str) -> list[Path]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,54 +14,138 @@ import numpy as np
 from medmom.data.case import CaseFiles
 from medmom.data.files import Volume, is_picture, read_json, stem, write_json, write_label
 from medmom.errors import MedmomError
+from medmom.inference.manifest import file_sha256
+from medmom.inference.output_checks import (
+    check_folder,
+    check_inputs_are_safe,
+    check_is_ours,
+    check_kind_of_file,
+    check_names_differ,
+)
+from medmom.inference.probability_files import probability_path
+from medmom.inference.ranks import Ranks
 from medmom.labels import Labels
 
-LIST = "cases.json"
+LIST, RUN, STATISTICS = "cases.json", "run.json", ("statistics.json", "statistics.csv")
+
+PART = re.compile(r"\.[0-9a-f]{16}(_\d+)?\.part")
+"""Names of files that are being written."""
+
+DAY_S = 86_400
+
+MARKS, MARKS_OF_RUN = frozenset({"labels", "model"}), frozenset({"settings", "model", "cases"})
+"""What is told in every JSON file of predict: in sidecars and lists, and in what a run tells of itself."""
 
 FILE_SUFFIXES = (".nii", ".nii.gz", ".png")
-
-OTHER_SUFFIXES = (
-    *(".hdr", ".img", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".dcm", ".json"),
-    *(".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"),
-    *(".csv", ".tsv", ".txt", ".xlsx", ".npz", ".npy", ".html", ".pdf", ".yaml", ".zip"),
-)
-"""Names that say an output file is meant, of a kind that is not written."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the label maps of some cases go.
+    """Where the files of some cases go.
 
     Attributes:
         predictions: One path a case.
         listing: Path of the list of cases; None where the output is one file.
+        previews: One path a case; empty where none are asked for.
+        probabilities: Paths of each case, one a class; empty where none are asked for.
     """
 
     predictions: tuple[Path, ...]
     listing: Path | None
+    previews: tuple[Path, ...] = ()
+    probabilities: tuple[tuple[Path, ...], ...] = ()
+
+    def also(self, index: int) -> tuple[Path, ...]:
+        """Gives what a case gets beside label map and sidecar."""
+        return (*self.previews[index : index + 1], *(self.probabilities[index] if self.probabilities else ()))
+
+    def manifest(self, ranks: Ranks) -> Path | None:
+        """Gives the path of what a process tells of its run; None where the output is one file."""
+        if self.listing is None:
+            return None
+        return self.listing.with_name(RUN if ranks.world_size == 1 else f"{stem(RUN)}-{ranks.rank}.json")
 
 
-def plan_outputs(cases: Sequence[CaseFiles], out: Path) -> Outputs:
+def plan_outputs(
+    cases: Sequence[CaseFiles],
+    out: Path,
+    *,
+    preview: bool = False,
+    probabilities: Sequence[str] = (),
+    ranks: Ranks | None = None,
+) -> Outputs:
     """Decides where predictions go, and refuses before any work what could not, or must not, be written.
+
+    A folder gets beside the files of each case ``cases.json``, ``run.json`` (``run-0.json``, ``run-1.json``, ... of
+    several processes), ``statistics.json`` and ``statistics.csv``.
 
     Args:
         cases: What is to be predicted.
         out: A file for one case (``.nii`` or ``.nii.gz``, ``.png`` for a picture), else a folder.
+        preview: Whether each case gets a picture ``<case>_preview.png``.
+        probabilities: Classes, in the order of the channels, that each case gets a file of probabilities for.
+        ranks: The place of this process; None: it is alone.
 
     Returns:
-        Paths; nothing is written yet, and no folder made.
+        Paths; nothing is written yet, and no folder made unless there are several processes.
 
     Raises:
-        MedmomError: ``out`` is a file for several cases, cannot be written, is the folder of an input, or an
-            output would replace an input or anything else that predict did not write.
+        MedmomError: ``out`` is a file for several cases, cannot be written, is the folder of an input, two outputs
+            would have one name, or one would replace an input or anything else that predict did not write.
     """
     try:
-        return _plan(cases, out)
+        outputs, ranks = _plan(cases, out, preview, probabilities), ranks or Ranks()
+        owners = _owners(outputs, ranks)
+        check_inputs_are_safe(owners, cases)
+        for path, record in owners.items():
+            check_is_ours(path, record, MARKS_OF_RUN if path == outputs.manifest(ranks) else MARKS)
+        folder = out if outputs.listing is not None else out.parent
+        if ranks.world_size > 1:
+            # A process that takes the folder away again would take it from under another.
+            folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
     except OSError as error:
         raise MedmomError(f"{out}: cannot be written ({error.strerror}). Name another output.") from error
+    return outputs
 
 
-def write_prediction(path: Path, label: np.ndarray, labels: Labels, like: Volume, about: dict[str, Any]) -> None:
+@contextmanager
+def claimed(path: Path, about: Mapping[str, Any], *, also: Sequence[Path] = ()) -> Iterator[None]:
+    """Marks the place of a prediction as one that a later run may replace, before any file of it is visible.
+
+    Its sidecar is there from now on, without the checksum of a label map: until ``write_prediction`` adds that,
+    nobody takes the case for done. Where the work fails, files that were not there before are taken away again.
+    Where it ends, so are those that an earlier prediction had beside it and this one has not.
+
+    Args:
+        path: Of the label map.
+        about: What the sidecar tells; ``labels`` and ``model`` at least.
+        also: Other files that will be written beside it.
+
+    Raises:
+        MedmomError: The place cannot be written.
+    """
+    sidecar = sidecar_path(path)
+    before = _also(path)
+    created = [file for file in (path, *also, sidecar) if not file.exists()]
+    try:
+        write_json(sidecar, {**about, "also": sorted({file.name for file in (*before, *also)})})
+        yield
+    except BaseException:
+        # The sidecar last: without it the others would look like somebody else's.
+        for file in created if sidecar in created else []:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise
+    for file in before:
+        if file not in also:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def write_prediction(
+    path: Path, label: np.ndarray, labels: Labels, like: Volume, about: Mapping[str, Any], *, also: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Writes a label map and, beside it, the JSON file that says where it comes from; both or none.
 
     Args:
@@ -68,20 +154,38 @@ def write_prediction(path: Path, label: np.ndarray, labels: Labels, like: Volume
         labels: Their names.
         like: The image.
         about: What the sidecar tells.
+        also: Other files that were, or will be, written beside it.
+
+    Returns:
+        What the sidecar tells: ``about`` with ``prediction_sha256``, the names in ``also`` and, where it has
+        ``seconds``, those of writing.
 
     Raises:
         MedmomError: The place cannot be written.
     """
-    sidecar = sidecar_path(path)
-    is_new = not sidecar.exists()
-    # The sidecar comes first: it marks the label map as one that a later run may replace.
-    write_json(sidecar, about)
-    try:
+    started = time.monotonic()
+    with claimed(path, about, also=also):
         write_label(path, label, labels, like)
-    except MedmomError:
-        if is_new:
-            sidecar.unlink(missing_ok=True)
-        raise
+        told = {**about, "also": sorted(file.name for file in also), "prediction_sha256": file_sha256(path)}
+        if "seconds" in told:
+            told["seconds"] = {**told["seconds"], "write": round(time.monotonic() - started, 3)}
+        write_json(sidecar_path(path), told)
+    return told
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Takes away what killed runs left half written: files of our temporary names that are older than a day.
+
+    Returns:
+        The files that are gone.
+    """
+    gone = []
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if PART.fullmatch(path.name) and path.is_file() and time.time() - path.stat().st_mtime > DAY_S:
+                path.unlink()
+                gone.append(path)
+    return gone
 
 
 def sidecar_path(prediction: Path) -> Path:
@@ -89,80 +193,63 @@ def sidecar_path(prediction: Path) -> Path:
     return prediction.with_name(f"{stem(prediction)}.json")
 
 
-def _plan(cases: Sequence[CaseFiles], out: Path) -> Outputs:
+def _also(path: Path) -> list[Path]:
+    """Files that an earlier prediction had beside it, as its sidecar says."""
+    try:
+        about = read_json(sidecar_path(path))
+        names = [str(name) for name in about["also"]]
+    except (MedmomError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    # A changed sidecar must not point at anything else.
+    return [path.with_name(name) for name in names if name.startswith(f"{stem(path)}_") and Path(name).name == name]
+
+
+def _plan(cases: Sequence[CaseFiles], out: Path, preview: bool, probabilities: Sequence[str]) -> Outputs:
     is_file = out.name.lower().endswith(FILE_SUFFIXES) and not out.is_dir()
     if is_file and len(cases) > 1:
         raise MedmomError(f"{out}: one file for {len(cases)} images. Name a folder.")
     if is_file:
-        _check_kind(out, cases[0])
-        outputs = Outputs((out,), None)
+        check_kind_of_file(out, cases[0])
+        predictions: tuple[Path, ...] = (out,)
     else:
-        _check_folder(out, cases)
-        outputs = Outputs(tuple(out / f"{case.name}{_suffix(case)}" for case in cases), out / LIST)
-    _check_inputs_are_safe(outputs, cases)
-    for path in outputs.predictions:
-        _check_is_ours(path, sidecar_path(path))
-    if outputs.listing is not None:
-        _check_is_ours(outputs.listing, outputs.listing)
-    check_writable(out.parent if is_file else out)
+        check_folder(out, cases)
+        predictions = tuple(out / f"{case.name}{_suffix(case)}" for case in cases)
+    outputs = Outputs(
+        predictions,
+        None if is_file else out / LIST,
+        tuple(path.with_name(f"{stem(path)}_preview.png") for path in predictions) if preview else (),
+        tuple(_probability_paths(path, probabilities) for path in predictions) if probabilities else (),
+    )
+    named = zip(cases, predictions, strict=True)
+    check_names_differ(
+        (file, case)
+        for index, (case, path) in enumerate(named)
+        for file in (path, sidecar_path(path), *outputs.also(index))
+    )
     return outputs
+
+
+def _probability_paths(path: Path, classes: Sequence[str]) -> tuple[Path, ...]:
+    return tuple(probability_path(path.parent, stem(path), name, is_picture=is_picture(path)) for name in classes)
+
+
+def _owners(outputs: Outputs, ranks: Ranks) -> dict[Path, Path]:
+    """Gives for each file that will be written the JSON file that shows whether an earlier predict wrote it."""
+    owners: dict[Path, Path] = {}
+    for index, path in enumerate(outputs.predictions):
+        sidecar = sidecar_path(path)
+        owners |= dict.fromkeys((path, *outputs.also(index)), sidecar)
+    manifest = outputs.manifest(ranks)
+    if outputs.listing is not None and manifest is not None:
+        for name in (LIST, *STATISTICS):
+            owners[outputs.listing.with_name(name)] = outputs.listing
+        owners[manifest] = manifest
+    return owners
 
 
 def _suffix(case: CaseFiles) -> str:
     """A picture's label map is a picture, without loss; a volume's keeps its place in space."""
     return ".png" if is_picture(case.images[0]) else ".nii.gz"
-
-
-def _check_kind(out: Path, case: CaseFiles) -> None:
-    if is_picture(out) != is_picture(case.images[0]):
-        wanted, kind = (".png", "a picture") if is_picture(case.images[0]) else (".nii.gz or .nii", "a NIfTI image")
-        raise MedmomError(
-            f"{out}: label maps are written as {wanted} for {kind} such as {case.images[0].name}. Name such a file."
-        )
-
-
-def _check_folder(out: Path, cases: Sequence[CaseFiles]) -> None:
-    if not out.is_dir() and out.suffix.lower() in OTHER_SUFFIXES:
-        raise MedmomError(
-            f"{out}: label maps are written as .nii.gz or .nii, of pictures as .png. Name such a file, or a folder."
-        )
-    if out.exists() and not out.is_dir():
-        raise MedmomError(f"{out}: this is a file. Name a folder, or a .nii.gz (picture: .png) file for one image.")
-    for case in cases:
-        if Path(case.name).name != case.name or case.name == stem(LIST):
-            raise MedmomError(f"{case.images[0]}: a prediction cannot be named {case.name!r}. Rename the case.")
-        if out.is_dir() and any(path.parent.is_dir() and out.samefile(path.parent) for path in case.images):
-            raise MedmomError(
-                f"{out}: the folder of the input {case.images[0].name}; predictions have the names of their images. "
-                "Name another folder."
-            )
-
-
-def _check_inputs_are_safe(outputs: Outputs, cases: Sequence[CaseFiles]) -> None:
-    inputs = {_identity(path): path for case in cases for path in (*case.images, case.label) if path and path.exists()}
-    planned = [path for prediction in outputs.predictions for path in (prediction, sidecar_path(prediction))]
-    for path in planned:
-        # By device and number, so that links to an input are found too.
-        if path.exists() and _identity(path) in inputs:
-            raise MedmomError(f"{path}: the output would replace the input {inputs[_identity(path)]}. Name another.")
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino
-
-
-def _check_is_ours(path: Path, record: Path) -> None:
-    """Refuses to replace a file that no earlier predict wrote, such as a reference or a list of another tool."""
-    if not path.exists() and not record.exists():
-        return
-    try:
-        about = read_json(record)
-    except MedmomError:
-        about = None
-    if not (isinstance(about, dict) and {"labels", "model"} <= about.keys()):
-        found = path if path.exists() else record
-        raise MedmomError(f"{found}: exists and was not written by medmom predict. Move it, or name another output.")
 
 
 def check_writable(folder: Path) -> None:
