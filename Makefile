@@ -37,5 +37,6 @@ $(PEERS): $(READY) Makefile
 	# Without what they ask for: it would bring a torchvision that may not fit the torch that is here.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    dynamic-network-architectures==0.4.4 momentumnet==0.10 memcnn==1.5.2 revtorch==0.2.4 \
-	    momo-opt==0.1.0 schedulefree==1.4.1 fsgdm==1.0 lion-pytorch==0.2.5 qhoptim==1.1.0 pytorch-optimizer==4.1.0
+	    momo-opt==0.1.0 schedulefree==1.4.1 fsgdm==1.0 lion-pytorch==0.2.5 qhoptim==1.1.0 pytorch-optimizer==4.1.0 \
+	    fire==0.7.1 termcolor==3.3.0 pytorch-ignite==0.5.5
 	touch $@

@@ -4,13 +4,11 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
-from medmom import __version__
+from medmom import __version__, commands
 from medmom.errors import MedmomError
 
 DESCRIPTION = """\
@@ -22,6 +20,8 @@ Momentum networks for medical images: train, predict, evaluate, report; scans an
   medmom predict MODEL SCANS --out FILE.csv    classify images
   medmom evaluate PREDICTIONS REFERENCES       Dice, IoU, recall, precision, HD95, NSD; or accuracy, AUROC and others
   medmom report RUN_OR_SCORES                  one HTML page with pictures, tables and curves
+  medmom postprocess RUN                       choose on validation cases how label maps are cleaned
+  medmom export MODEL --to onnx --out FOLDER   a model as ONNX, or as MONAI bundle
   medmom demo                                  all of this on made-up scans, in a few minutes
 """
 
@@ -74,41 +74,47 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser("medmom", description=DESCRIPTION, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"medmom {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_inspect, _add_train, _add_predict, _add_evaluate, _add_report, _add_demo):
-        add(commands)
+    rooms = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        *(_add_inspect, _add_train, _add_predict, _add_evaluate, _add_report),
+        *(_add_postprocess, _add_export, _add_demo),
+    ):
+        add(rooms)
     return parser
 
 
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace, list[str]], int], text: str, help_: str
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
+def _command(rooms: Any, name: str, text: str, help_: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = rooms.add_parser(
         name, description=text, help=help_, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     command.add_argument("--quiet", action="store_true", help="no progress bars, no notes")
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default auto)")
-    command.set_defaults(run=run)
+    command.set_defaults(run=getattr(commands, name))
     return command
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(rooms: Any) -> None:
     text = (
         "Lists the cases of a folder with their shapes, spacings, intensities and label volumes, names every\n"
         "fault with file and mend (exit code 2), and proposes spacing, patch and normalisation with reasons.\n"
-        "With --augment it draws what the network of a recipe is fed: patches, changed at random as in training."
+        "With --augment it draws what the network of a recipe is fed: patches, changed at random as in training.\n"
+        "Of a run folder or model package it tells what the model is, and checks every byte of it."
     )
-    command = _command(commands, "inspect", _inspect, text, "what is in a folder of images, and what is wrong with it")
+    command = _command(
+        rooms, "inspect", text, "what is in a folder of images, and what is wrong with it; what a model is"
+    )
     command.add_argument(
-        "folder", type=Path, help="MSD decathlon, nnU-Net raw, images/ + labels/, a CSV file, or a folder a class"
+        "folder",
+        type=Path,
+        help="MSD decathlon, nnU-Net raw, images/ + labels/, a CSV file, a folder a class, or a model",
     )
     command.add_argument("--data.group", dest="group", metavar="COLUMN", help="column of cases.csv that is the patient")
     command.add_argument("--augment", metavar="RECIPE", help="draw a sheet of training patches instead")
     command.add_argument("--out", type=Path, metavar="PNG", help="the sheet (default augment.png)")
 
 
-def _add_train(commands: Any) -> None:
-    command = _command(commands, "train", _train, TRAIN, "train a network on labelled scans")
+def _add_train(rooms: Any) -> None:
+    command = _command(rooms, "train", TRAIN, "train a network on labelled scans")
     command.add_argument("recipe", nargs="?", help="a YAML file or the name of a shipped recipe")
     command.add_argument("--out", type=Path, metavar="RUN", help="new folder for the run (default: one under runs/)")
     command.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run; needs no recipe")
@@ -118,32 +124,45 @@ def _add_train(commands: Any) -> None:
     command.format_help = lambda: _train_help(command)  # type: ignore[method-assign]
 
 
-def _add_predict(commands: Any) -> None:
+def _add_predict(rooms: Any) -> None:
     text = (
         "Segments or classifies scans and pictures with a trained model. Each label map lies on its scan's own grid;\n"
         "classes go into one CSV file with calibrated probabilities. The model is loaded once; a scan that fails does\n"
-        "not stop the others, is named at the end, and makes the exit code 2."
+        "not stop the others, is named at the end, and makes the exit code 2.\n"
+        "Under torchrun or srun each process does its share of the scans; start again with --skip-existing to finish\n"
+        "what was cut off."
     )
-    command = _command(commands, "predict", _predict, text, "segment images, each on its own grid, or classify them")
+    command = _command(rooms, "predict", text, "segment images, each on its own grid, or classify them")
     command.add_argument("model", type=Path, help="run folder or model package")
-    command.add_argument("inputs", nargs="*", help="files, folders or patterns")
+    command.add_argument("inputs", nargs="*", help="files, folders, patterns, or CSV files with a column image")
     command.add_argument(
         "--out", type=Path, required=True, help="a file for one input, else a folder; to classify: a .csv file"
     )
     command.add_argument("--fold", choices=["validation"], help="take the validation cases of the run instead")
-    command.add_argument(
-        "--tta", action="store_true", help="to segment: average over mirror images; better, and 4 or 8 times as long"
+    command.add_argument("--skip-existing", action="store_true", help="leave out what an earlier run did, by content")
+    segment = command.add_argument_group("to segment")
+    segment.add_argument("--tta", action="store_true", help="average over mirror images; better, 4 or 8 times as long")
+    segment.add_argument("--fast", action="store_true", help="let windows overlap by a quarter instead of a half")
+    segment.add_argument(
+        "--all-windows", action="store_true", help="run windows of a CT that hold nothing but air, too"
     )
-    command.add_argument("--explain", action="store_true", help="to classify: a picture a case of what counted")
+    segment.add_argument("--max-ram", metavar="SIZE", help="memory that the process may hold, such as 2GiB")
+    segment.add_argument("--max-vram", metavar="SIZE", help="the same of the GPU")
+    segment.add_argument("--preview", action="store_true", help="a picture of three planes for each scan")
+    segment.add_argument(
+        "--probabilities", choices=["uint8", "uint16"], help="a file for each class, in steps of 1/255 or 1/65535"
+    )
+    classify = command.add_argument_group("to classify")
+    classify.add_argument("--explain", action="store_true", help="a picture a case of what counted")
 
 
-def _add_evaluate(commands: Any) -> None:
+def _add_evaluate(rooms: Any) -> None:
     text = (
         "Scores predictions against references: Dice, IoU, recall, precision, HD95 and NSD for each case and class,\n"
         "with 95 % bootstrap intervals over patients. A listed case without a prediction is a miss and counts.\n"
         "Of classes (a .csv file of predict): accuracy, recall, precision, F1, AUROC, AUPRC, kappa and calibration."
     )
-    command = _command(commands, "evaluate", _evaluate, text, "score predictions against references")
+    command = _command(rooms, "evaluate", text, "score predictions against references")
     command.add_argument("predictions", type=Path, help="folder of label maps, one file, or classes.csv")
     command.add_argument(
         "references",
@@ -164,17 +183,40 @@ def _add_evaluate(commands: Any) -> None:
     )
 
 
-def _add_report(commands: Any) -> None:
+def _add_report(rooms: Any) -> None:
     text = "Writes one self-contained HTML page: overlays of the best, median and worst case, tables, learning curves."
-    command = _command(commands, "report", _report, text, "one HTML page with pictures, tables and curves")
+    command = _command(rooms, "report", text, "one HTML page with pictures, tables and curves")
     command.add_argument("source", type=Path, metavar="RUN_OR_SCORES", help="run folder or scores.json")
     command.add_argument("--out", type=Path, required=True, help="the HTML file")
     command.add_argument("--images", type=Path, metavar="FOLDER", help="where the scans lie, if not where they were")
 
 
-def _add_demo(commands: Any) -> None:
+def _add_postprocess(rooms: Any) -> None:
+    text = (
+        "Chooses on validation predictions whether to keep only the largest part of a class, and whether to smooth\n"
+        "its border; what helps beyond chance goes into the model package, and predict applies it. Run before it:\n\n"
+        "  medmom predict RUN --fold validation --out RUN/validation"
+    )
+    command = _command(rooms, "postprocess", text, "choose the cleanup of label maps on validation cases")
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    command.add_argument("--predictions", type=Path, help="what predict wrote (default RUN/validation)")
+    command.add_argument("--none", action="store_true", help="take the cleanup out of the package")
+
+
+def _add_export(rooms: Any) -> None:
+    text = (
+        "Writes a model in another format: a MONAI bundle (a folder that MONAI's tools run; medmom must be installed\n"
+        "there), or ONNX with preparation and restoring described in a JSON file beside it."
+    )
+    command = _command(rooms, "export", text, "a model as MONAI bundle or as ONNX")
+    command.add_argument("model", type=Path, help="run folder or model package")
+    command.add_argument("--to", choices=["monai-bundle", "onnx"], required=True, help="the format")
+    command.add_argument("--out", type=Path, required=True, help="a new folder; of ONNX a folder or an .onnx file")
+
+
+def _add_demo(rooms: Any) -> None:
     text = "Makes CT phantoms, trains on them, segments unseen ones, scores them and writes a report. No data needed."
-    command = _command(commands, "demo", _demo, text, "the whole road on made-up scans, in a few minutes")
+    command = _command(rooms, "demo", text, "the whole road on made-up scans, in a few minutes")
     command.add_argument("--out", type=Path, help="new folder for everything (default: one under runs/)")
     command.add_argument("--minutes", type=float, default=4.0, help="time for training (default 4)")
 
@@ -186,154 +228,3 @@ def _train_help(command: argparse.ArgumentParser) -> str:
     command.description = TRAIN.format(recipes=", ".join(shipped_recipes()))
     command.epilog = describe_keys()
     return argparse.ArgumentParser.format_help(command)
-
-
-def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
-    if options.augment is not None:
-        return _draw_patches(options)
-    if options.out is not None:
-        raise MedmomError(f"--out {options.out}: is the sheet that --augment RECIPE draws. Name the recipe too.")
-    from medmom.data.class_inspect import format_class_inspection, holds_classes, inspect_classes
-    from medmom.data.inspect import format_inspection, inspect_folder
-
-    if holds_classes(options.folder):
-        classes = inspect_classes(options.folder, group=options.group, quiet=options.quiet)
-        print(format_class_inspection(classes))
-        return 2 if classes.faults else 0
-    with tqdm(desc="Reading", unit="case", disable=options.quiet, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        inspection = inspect_folder(options.folder, group=options.group, progress=progress)
-    print(format_inspection(inspection))
-    return 2 if inspection.faults else 0
-
-
-def _draw_patches(options: argparse.Namespace) -> int:
-    from medmom.patches import draw_patches
-    from medmom.recipe_file import RecipeFile, recipe_path
-
-    changes = ["--data.folder", str(options.folder), *(["--data.group", options.group] if options.group else [])]
-    out = draw_patches(
-        RecipeFile(recipe_path(options.augment), changes), options.out or Path("augment.png"), quiet=options.quiet
-    )
-    print(f"Sheet: {out}")
-    return 0
-
-
-def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    from medmom import train
-    from medmom.package import is_classifier
-    from medmom.recipe_file import RecipeFile, recipe_path
-    from medmom.run import next_run
-
-    if options.resume is not None:
-        if options.recipe or rest or options.init_from:
-            raise MedmomError(f"--resume {options.resume}: takes no recipe and no changes; the run has its own.")
-        model = train.resume(options.resume, device=options.device, quiet=options.quiet)
-    else:
-        if options.recipe is None:
-            raise MedmomError("no recipe given; name a file or a shipped recipe, see `medmom train --help`.")
-        path = recipe_path(options.recipe)
-        out = options.out or next_run(path.stem)
-        start = [] if options.init_from is None else ["--model.init_from", str(options.init_from)]
-        model = train.train(RecipeFile(path, [*rest, *start]), out, device=options.device, quiet=options.quiet)
-    print(f"Model package: {model}")
-    ending = "validation.csv" if is_classifier(model) else "validation"
-    print(f"Next: medmom predict {model.parent} --fold validation --out {model.parent / ending}")
-    return 0
-
-
-def _predict(options: argparse.Namespace, rest: list[str]) -> int:
-    from medmom.inference.predict import predict
-    from medmom.package import is_classifier
-
-    if is_classifier(options.model):
-        return _classify(options)
-    if options.explain:
-        raise MedmomError(
-            f"--explain: {options.model} segments; only what a classifier found is explained. Leave it out."
-        )
-    outcomes = predict(
-        options.model,
-        options.inputs,
-        options.out,
-        device=options.device,
-        fold=options.fold,
-        quiet=options.quiet,
-        tta=options.tta,
-    )
-    failed = [outcome for outcome in outcomes if outcome.error]
-    for outcome in failed:
-        print(f"medmom: {outcome.error}", file=sys.stderr)
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} scans segmented: {options.out}")
-    return 2 if failed else 0
-
-
-def _classify(options: argparse.Namespace) -> int:
-    from medmom.inference.class_predict import predict_classes
-
-    if options.tta:
-        raise MedmomError(f"--tta: {options.model} classifies; mirror images are for label maps. Leave it out.")
-    outcomes = predict_classes(
-        options.model,
-        options.inputs,
-        options.out,
-        device=options.device,
-        fold=options.fold,
-        quiet=options.quiet,
-        explain=options.explain,
-    )
-    failed = [outcome for outcome in outcomes if outcome.error]
-    for outcome in failed:
-        print(f"medmom: {outcome.error}", file=sys.stderr)
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} images classified: {options.out}")
-    return 2 if failed else 0
-
-
-def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
-    from medmom.data.atomic import write_json
-    from medmom.evaluation.class_scores import evaluate_classes, format_class_scores, is_class_table
-    from medmom.evaluation.scores import evaluate, format_scores
-
-    if is_class_table(options.predictions):
-        scores = evaluate_classes(options.predictions, options.references, progress=not options.quiet)
-        out = options.out or options.predictions.with_name(f"{options.predictions.stem}_scores.json")
-        write_json(out, scores)
-        print(format_class_scores(scores))
-        print(f"Scores: {out}")
-        return 0
-    scores = evaluate(
-        options.predictions,
-        options.references,
-        cases=options.cases,
-        nsd_tolerance=options.nsd_tolerance,
-        progress=not options.quiet,
-    )
-    folder = options.predictions if options.predictions.is_dir() else options.predictions.parent
-    out = options.out or folder / "scores.json"
-    write_json(out, scores)
-    print(format_scores(scores))
-    print(f"Scores: {out}")
-    return 0
-
-
-def _report(options: argparse.Namespace, rest: list[str]) -> int:
-    from medmom.evaluation.report import write_report
-
-    write_report(options.source, options.out, images=options.images)
-    print(f"Report: {options.out}")
-    return 0
-
-
-def _demo(options: argparse.Namespace, rest: list[str]) -> int:
-    from medmom.demo import run_demo
-    from medmom.run import next_run
-
-    report = run_demo(
-        options.out or next_run("demo"), minutes=options.minutes, device=options.device, quiet=options.quiet
-    )
-    print(f"Report: {report}")
-    return 0

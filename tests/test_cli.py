@@ -9,14 +9,19 @@ from pathlib import Path
 import pytest
 from tiny_run import tiny_recipe
 
-from medmom import __version__, cli
+from medmom import __version__, commands
 from medmom.cli import main
 from medmom.errors import MedmomError
 
 COMMANDS = {
     "inspect": ["folder", "--data.group"],
     "train": ["recipe", "--out", "--resume", "--training.max_minutes", "--data.fold", "--optimizer", "hippocampus"],
-    "predict": ["model", "inputs", "--out", "--fold"],
+    "predict": [
+        *("model", "inputs", "--out", "--fold", "--skip-existing", "--tta", "--fast", "--all-windows", "--max-ram"),
+        *("--max-vram", "--preview", "--probabilities", "--explain", "torchrun"),
+    ],
+    "postprocess": ["RUN", "--predictions", "--none"],
+    "export": ["model", "--to", "monai-bundle", "onnx", "--out"],
     "evaluate": ["predictions", "references", "--out", "--cases", "--nsd-tolerance"],
     "report": ["RUN_OR_SCORES", "--out", "--images"],
     "demo": ["--out", "--minutes"],
@@ -132,7 +137,7 @@ def test_error_of_many_lines_becomes_one(monkeypatch: pytest.MonkeyPatch, capsys
     def fail(*_: object) -> int:
         raise MedmomError("a\nb\n  c")
 
-    monkeypatch.setattr(cli, "_inspect", fail)
+    monkeypatch.setattr(commands, "inspect", fail)
     assert complaint(capsys, "inspect", "there") == "medmom: a b c\n"
 
 
@@ -140,7 +145,7 @@ def test_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_inspect", fail)
+    monkeypatch.setattr(commands, "inspect", fail)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "there"])
 

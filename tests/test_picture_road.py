@@ -104,7 +104,7 @@ def test_one_picture_is_segmented_as_in_a_folder(pictures: Road, tmp_path: Path)
 def test_mirror_images_are_averaged_on_request(pictures: Road, tmp_path: Path) -> None:
     image = pictures.data / "images" / "frame 1.JPG"
     assert run("predict", pictures.run, image, "--out", tmp_path / "one.png", "--tta") == 0
-    assert json.loads((tmp_path / "one.json").read_text())["model"]["mirrors"] == [0, 1]
+    assert json.loads((tmp_path / "one.json").read_text())["settings"]["mirrors"] == [0, 1]
 
 
 def test_mask_is_upright_however_the_picture_is_stored(pictures: Road, tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from medmom.data.case import Case
 from medmom.data.files import read_image, write_label
 from medmom.data.preparation import prepare, restore
 from medmom.errors import MedmomError
-from medmom.inference import predict as room
 from medmom.inference.inputs import find_inputs
-from medmom.inference.predict import Predictor, predict
-from medmom.inference.windows import mirrored, num_windows, sliding_window
+from medmom.inference.predict import predict
+from medmom.inference.predictor import Given, Prediction, Predictor, Settings
+from medmom.inference.windows import num_windows, sliding_window
+
+LISTS = ["cases.json", "run.json", "statistics.csv", "statistics.json"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_prediction_lies_on_the_images_own_grid(model: Path, tmp_path: Path) -> 
     source.set_sform(source.affine, code=2)
     source.set_qform(source.affine, code=1)
     nib.save(source, image)
-    (outcome,) = predict(model, [image], tmp_path / "out" / "seg.nii.gz", quiet=True)
+    (outcome,) = predict(model, [image], tmp_path / "out" / "seg.nii.gz", quiet=True).outcomes
     assert outcome.prediction == tmp_path / "out" / "seg.nii.gz"
     written = nib.load(outcome.prediction)
     assert written.shape == (9, 14, 7)
@@ -77,7 +79,7 @@ def test_prediction_is_the_networks_answer_on_the_prepared_case(model: Path, tmp
     with torch.inference_mode():
         logits = tiny_network().eval()(window)[place][0].numpy()
     expected = LABELS.to_values(restore(logits, case.geometry, volume.geometry))
-    np.testing.assert_array_equal(predictor.label_map(volume), expected)
+    np.testing.assert_array_equal(predictor(volume, quiet=True).label, expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 3), (20, 18, 1), (1, 21, 17), (40, 2, 3), (2, 1, 2), (17, 16, 33)])
@@ -119,26 +121,6 @@ def test_windows_are_blended_by_a_gaussian() -> None:
     torch.testing.assert_close(blended[0, 0, :, 3, 4], torch.cat([torch.zeros(4), expected, torch.ones(4)]))
 
 
-def test_mirrored_logits_are_the_mean_over_all_mirror_images() -> None:
-    window, seen = torch.randn(2, 1, 4, 5, 6), []
-    ramp = torch.arange(6.0) * torch.arange(5.0)[:, None]
-
-    def network(image: torch.Tensor) -> torch.Tensor:
-        seen.append(image)
-        return torch.cat([image * ramp, image.cumsum(dim=2)], dim=1)
-
-    found = mirrored(network, (1, 2))(window)
-    by_hand = [
-        network(window),
-        network(window.flip(3)).flip(3),
-        network(window.flip(4)).flip(4),
-        network(window.flip(3, 4)).flip(3, 4),
-    ]
-    torch.testing.assert_close(found, torch.stack(by_hand).mean(0))
-    assert len(seen) == 8
-    assert mirrored(network, ()) is network
-
-
 @pytest.mark.parametrize(("patch", "mirror", "axes"), [((16, 16, 16), [0, 2], (0, 2)), ((16, 16, 16), [1], (1,))])
 def test_mirrored_image_gives_the_mirrored_label_map_under_tta(
     patch: tuple[int, ...], mirror: list[int], axes: tuple[int, ...], tmp_path: Path
@@ -146,23 +128,23 @@ def test_mirrored_image_gives_the_mirrored_label_map_under_tta(
     model = save_tiny(tmp_path / "model", patch=patch, data={"mirror": mirror})
     # The edges of the working grid and the size of a window: nothing is resampled, nothing blended.
     volume = read_image(save_image(tmp_path / "case.nii.gz", (16, 16, 16), affine=np.eye(4)))
-    plain, tta = Predictor(model, device="cpu"), Predictor(model, device="cpu", tta=True)
+    plain, tta = Predictor(model, device="cpu"), Predictor(model, device="cpu", settings=Settings(tta=True))
     assert (plain.mirrors, tta.mirrors) == ((), axes)
     turned = replace(volume, array=np.flip(volume.array, [1 + axis for axis in axes]).copy())
-    assert (tta.label_map(turned) == np.flip(tta.label_map(volume), axes)).mean() > 0.999
-    assert (plain.label_map(turned) == np.flip(plain.label_map(volume), axes)).mean() < 0.99
+    assert (tta(turned, quiet=True).label == np.flip(tta(volume, quiet=True).label, axes)).mean() > 0.999
+    assert (plain(turned, quiet=True).label == np.flip(plain(volume, quiet=True).label, axes)).mean() < 0.99
 
 
 @pytest.mark.parametrize("data", [{"mirror": []}, {"mirror": [0, 1, 2], "augment": False}, {}])
 def test_tta_is_refused_where_training_did_not_mirror(data: dict[str, Any], tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", data=data)
     with pytest.raises(MedmomError, match=r"trained without mirroring \(data.mirror\).* Leave out --tta"):
-        Predictor(model, device="cpu", tta=True)
+        Predictor(model, device="cpu", settings=Settings(tta=True))
 
 
 def test_third_axis_of_slices_is_not_mirrored(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", recipe={"data": {"mirror": [0, 1, 2]}})
-    assert Predictor(model, device="cpu", tta=True).mirrors == (0, 1)
+    assert Predictor(model, device="cpu", settings=Settings(tta=True)).mirrors == (0, 1)
 
 
 def test_cases_do_not_touch_each_other(model: Path, tmp_path: Path) -> None:
@@ -177,7 +159,7 @@ def test_channels_may_lie_in_one_file_or_in_several(pair_model: Path, tmp_path: 
     parts = [save_image(tmp_path / "in" / f"a_000{k}.nii.gz", seed=k) for k in range(2)]
     both = np.stack([nib.load(part).get_fdata(dtype=np.float32) for part in parts], axis=-1)
     nib.save(nib.Nifti1Image(both, nib.load(parts[0]).affine), tmp_path / "whole.nii.gz")
-    (outcome,) = predict(pair_model, [tmp_path / "in"], tmp_path / "out", quiet=True)
+    (outcome,) = predict(pair_model, [tmp_path / "in"], tmp_path / "out", quiet=True).outcomes
     assert outcome.case.name == "a"
     predict(pair_model, [tmp_path / "whole.nii.gz"], tmp_path / "seg.nii.gz", quiet=True)
     np.testing.assert_array_equal(
@@ -207,7 +189,7 @@ def test_absurd_working_grid_is_refused_before_memory_is_asked_for(model: Path, 
 def test_folder_gets_sidecars_and_a_list(model: Path, tmp_path: Path) -> None:
     images = [save_image(tmp_path / "in" / name, seed=k) for k, name in enumerate(["b.nii", "a.v1.nii.gz"])]
     predict(model.parent, [tmp_path / "in"], tmp_path / "out", quiet=True)
-    assert files_below(tmp_path / "out") == ["a.v1.json", "a.v1.nii.gz", "b.json", "b.nii.gz", "cases.json"]
+    assert files_below(tmp_path / "out") == ["a.v1.json", "a.v1.nii.gz", "b.json", "b.nii.gz", *LISTS]
     listed = json.loads((tmp_path / "out" / "cases.json").read_text())
     assert listed["labels"] == LABELS.as_dict()
     assert listed["model"]["checksum"] == Predictor(model).package.checksum
@@ -233,7 +215,7 @@ def test_failing_case_does_not_stop_the_others(model: Path, tmp_path: Path) -> N
     (tmp_path / "in" / "b.nii.gz").write_bytes(b"")
     save_image(tmp_path / "in" / "c.nii.gz", (6, 6, 6, 2))
     save_image(tmp_path / "in" / "d.nii.gz")
-    outcomes = predict(model, [tmp_path / "in", tmp_path / "absent.nii.gz"], tmp_path / "out", quiet=True)
+    outcomes = predict(model, [tmp_path / "in", tmp_path / "absent.nii.gz"], tmp_path / "out", quiet=True).outcomes
     assert [outcome.prediction is not None for outcome in outcomes] == [True, False, False, True, False]
     errors = [outcome.error or "" for outcome in outcomes]
     assert "b.nii.gz: the file is empty" in errors[1]
@@ -242,7 +224,7 @@ def test_failing_case_does_not_stop_the_others(model: Path, tmp_path: Path) -> N
     listed = json.loads((tmp_path / "out" / "cases.json").read_text())["cases"]
     assert [case["error"] or "" for case in listed] == errors
     assert [case["prediction"] for case in listed] == ["a.nii.gz", None, None, "d.nii.gz", None]
-    assert files_below(tmp_path / "out") == ["a.json", "a.nii.gz", "cases.json", "d.json", "d.nii.gz"]
+    assert files_below(tmp_path / "out") == sorted(["a.json", "a.nii.gz", "d.json", "d.nii.gz", *LISTS])
 
 
 @pytest.mark.parametrize("out", ["out/seg.nii.gz", "out"])
@@ -260,14 +242,14 @@ def test_run_that_is_cut_short_lists_what_is_missing(
 ) -> None:
     for name in "abc":
         save_image(tmp_path / "in" / f"{name}.nii.gz")
-    label_map = Predictor.label_map
+    segment = Predictor.segment
 
-    def interrupted(self: Predictor, image: room.Volume, *, quiet: bool) -> np.ndarray:
-        if image.path.name.startswith("b"):
+    def interrupted(self: Predictor, given: Given, **options: Any) -> Prediction:
+        if given.image.path.name.startswith("b"):
             raise KeyboardInterrupt
-        return label_map(self, image, quiet=quiet)
+        return segment(self, given, **options)
 
-    monkeypatch.setattr(Predictor, "label_map", interrupted)
+    monkeypatch.setattr(Predictor, "segment", interrupted)
     with pytest.raises(KeyboardInterrupt):
         predict(model, [tmp_path / "in"], tmp_path / "out", quiet=True)
     listed = json.loads((tmp_path / "out" / "cases.json").read_text())["cases"]
@@ -360,7 +342,7 @@ def test_output_below_a_file_is_refused_before_any_work(
 ) -> None:
     image = save_image(tmp_path / "case.nii.gz")
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(Predictor, "label_map", None)
+    monkeypatch.setattr(Predictor, "read", None)
     with pytest.raises(MedmomError, match=r"file.*(cannot be written|this is a file)"):
         predict(model, [image], tmp_path / out, quiet=True)
 
@@ -559,14 +541,14 @@ def test_device_that_is_not_there_is_refused(model: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.0, float("nan")])
-def test_overlap_outside_its_range_is_refused(overlap: float, model: Path) -> None:
+def test_overlap_outside_its_range_is_refused(overlap: float) -> None:
     with pytest.raises(MedmomError, match="overlap"):
-        Predictor(model, overlap=overlap)
+        Settings(overlap=overlap)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_and_cpu_agree(model: Path, tmp_path: Path) -> None:
     volume = read_image(save_image(tmp_path / "case.nii.gz", (40, 30, 20)))
-    cpu, gpu = (Predictor(model, device=device).label_map(volume) for device in ("cpu", "cuda"))
+    cpu, gpu = (Predictor(model, device=device)(volume, quiet=True).label for device in ("cpu", "cuda"))
     assert (cpu == gpu).mean() > 0.999

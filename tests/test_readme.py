@@ -23,7 +23,10 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/networks.md", "docs/optimizers.md", "docs/theory.md"])
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("export", "inference", "networks", "optimizers", "theory"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_python_examples_run(page: str) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert examples
@@ -32,7 +35,9 @@ def test_python_examples_run(page: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    assert {command.split()[1] for command in COMMANDS} == {"inspect", "train", "predict", "evaluate", "report"}
+    assert {command.split()[1] for command in COMMANDS} == {
+        *("inspect", "train", "predict", "evaluate", "report", "postprocess", "export")
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)

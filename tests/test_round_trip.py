@@ -15,7 +15,7 @@ from medmom.data.files import read_image, read_label, write_label
 from medmom.data.preparation import Preparation, prepare, restore
 from medmom.data.transforms import PrepareCased, to_sample
 from medmom.geometry import Geometry
-from medmom.inference.predict import Predictor
+from medmom.inference.predictor import Predictor
 from medmom.labels import Labels
 
 LABELS = Labels(("background", "organ"), (0, 3))
@@ -170,7 +170,7 @@ def what_the_network_sees(image: Path, preparation: Preparation, shape: tuple[in
     predictor = Predictor(save_tiny(folder / "model", preparation=preparation, patch=patch), device="cpu")
     windows: list[torch.Tensor] = []
     hook = predictor.package.network.register_forward_pre_hook(lambda _, args: windows.append(args[0].clone()))
-    predictor.label_map(read_image(image))
+    predictor(image, quiet=True)
     hook.remove()
     (window,) = windows
     starts = [(p - n) // 2 for p, n in zip(patch, shape, strict=True)]

@@ -22,7 +22,7 @@ from medmom.inference.class_outputs import ClassOutcome
 from medmom.inference.explain import draw_explanation, explain
 from medmom.inference.kinds import check_kind
 from medmom.inference.novelty import look
-from medmom.inference.predict import MAX_VOXELS
+from medmom.inference.predictor import MAX_VOXELS
 from medmom.models.sizes import times
 from medmom.package import Package, load_package
 

@@ -1,29 +1,55 @@
+"""Segments files: many inputs, one load of the model, and every file whole or not there."""
+
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from medmom.data.case import Case, CaseFiles
-from medmom.data.files import Volume, read_images, stem, write_json
-from medmom.data.preparation import prepare, restore, working_channels, working_geometry
-from medmom.device import torch_device
+from medmom.data.atomic import atomic_file
+from medmom.data.case import CaseFiles
+from medmom.data.files import stem
 from medmom.errors import MedmomError
+from medmom.inference.footprint import peak
 from medmom.inference.inputs import find_inputs, validation_cases
-from medmom.inference.kinds import check_kind
-from medmom.inference.outputs import plan_outputs, write_prediction
-from medmom.inference.windows import mirrored, num_windows, sliding_window
-from medmom.models.sizes import times
-from medmom.package import Package, load_package, software_versions
+from medmom.inference.manifest import device_in_words, input_hashes
+from medmom.inference.outputs import Outputs, claimed, plan_outputs, sweep, write_prediction
+from medmom.inference.predictor import Given, Prediction, Predictor, Settings
+from medmom.inference.preview import preview
+from medmom.inference.probability_files import ProbabilityFiles
+from medmom.inference.ranks import deal, device_of, find_ranks, stopped_in_order
+from medmom.inference.run_log import Gathered, RunLog
+from medmom.inference.skipping import is_done, read_sidecar
+from medmom.package import software_versions
 
-MAX_VOXELS = 2**31
-"""Largest working grid; a coarser image than the model was made for could ask for any size."""
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is written beside label maps, and what is left as it is.
+
+    Attributes:
+        preview: Whether each case gets a picture of three planes.
+        probabilities: Type of the steps in which the probability of each class is stored; None: not stored.
+        skip_existing: Whether cases are left out whose label maps are there, of the same images by content, the same
+            model and the same settings.
+    """
+
+    preview: bool = False
+    probabilities: Literal["uint8", "uint16"] | None = None
+    skip_existing: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,125 +60,25 @@ class Outcome:
         case: Its name and files.
         prediction: The label map, or None where there is none.
         error: Why there is none: one line that names the file, the fact and the mend; else None.
+        skipped: Whether the label map was there before and still holds.
     """
 
     case: CaseFiles
     prediction: Path | None
     error: str | None
+    skipped: bool = False
 
 
-class Predictor:
-    """A model, loaded once, that gives label maps of images in memory.
+class Predicted(NamedTuple):
+    """What became of a run.
 
-    Args:
-        model: A run folder or model package.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
-        overlap: Share of a window that the next one covers again, in [0, 1).
-        tta: Whether logits are averaged over mirror images (test-time augmentation), along the axes that were
-            mirrored in training; each axis doubles the time.
-
-    Raises:
-        MedmomError: There is no sound model or no such device, ``overlap`` lies outside its range, or the model was
-            trained without mirroring and ``tta`` is asked for.
+    Attributes:
+        outcomes: One for each case of this process, in order.
+        gathered: What is known of the cases of all processes.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "auto", overlap: float = 0.5, tta: bool = False) -> None:
-        if not 0 <= overlap < 1:
-            raise MedmomError(f"overlap {overlap}: give a share of at least 0 and less than 1.")
-        self.device = torch_device(device)
-        self.overlap = overlap
-        self.package = load_package(model)
-        self.mirrors = mirror_axes(self.package) if tta else ()
-        self._network = self.package.network.to(self.device)
-        self._windows = sliding_window(self.package.patch, overlap=overlap)
-
-    def label_map(self, image: Volume, *, quiet: bool = True) -> np.ndarray:
-        """Segments an image.
-
-        It is brought to the working grid and scaled as in training, runs through the network in windows that are
-        blended by a Gaussian, and its class logits are brought back slab by slab: the largest wins. Where the image
-        is smaller than a window it is padded with 0, the mean of a prepared image, as in training.
-
-        Args:
-            image: float32, shape (C, X, Y, Z).
-            quiet: No progress bar.
-
-        Returns:
-            Stored values, shape (X, Y, Z), of the type ``labels.dtype``.
-
-        Raises:
-            MedmomError: The image has another number of channels than the model takes, or its working grid is too
-                large for this machine.
-        """
-        self._check(image)
-        case = prepare(Case(stem(image.path), image.array, None, image.geometry, ()), self.package.preparation)
-        try:
-            logits = self._logits(case.image, bar_title=None if quiet else case.name)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise MedmomError(
-                f"{image.path}: memory is too small for the {times(case.geometry.shape)} voxels of its working grid. "
-                f"Crop the image{', or name --device cpu' if self.device.type == 'cuda' else ''}."
-            ) from error
-        if not all(map(math.isfinite, (logits.min(), logits.max()))):
-            raise MedmomError(f"{image.path}: the network's output is not finite. Train the model again.")
-        channels = restore(logits, case.geometry, image.geometry)
-        return self.package.labels.to_values(channels)
-
-    def _check(self, image: Volume) -> None:
-        names, found = self.package.channels, len(image.array)
-        check_kind(
-            image.path,
-            image.array,
-            self.package.preparation,
-            is_picture=image.is_picture,
-            takes_volumes=len(self.package.patch) == 3,
-        )
-        if working_channels(self.package.preparation, found) != len(names):
-            mend = "Give that one alone." if len(names) == 1 else "Give one file with all, or case_0000, case_0001, ..."
-            raise MedmomError(
-                f"{image.path}: the number of image channels is {found}, the model takes {len(names)} "
-                f"({', '.join(names)}). {mend}"
-            )
-        shape = working_geometry(self.package.preparation, image.geometry).shape
-        if math.prod(shape) > MAX_VOXELS:
-            raise MedmomError(
-                f"{image.path}: {times(shape)} voxels at the model's spacing {self.package.preparation.spacing} mm. "
-                "Crop the image, and check the spacing in its header."
-            )
-
-    def _logits(self, image: np.ndarray, bar_title: str | None) -> np.ndarray:
-        """Class logits on the working grid, float32 (K, X, Y, Z)."""
-        total = num_windows(image.shape[1:], self.package.patch, overlap=self.overlap)
-        with (
-            torch.inference_mode(),
-            tqdm(total=total, desc=bar_title, unit="window", leave=False, disable=bar_title is None) as bar,
-        ):
-            turned = mirrored(self._network, self.mirrors)
-
-            def network(window: torch.Tensor) -> torch.Tensor:
-                logits = turned(window)
-                bar.update(len(window))
-                return logits
-
-            # Plain tensors: MONAI handles MetaTensors several times slower.
-            batch = torch.from_numpy(image)[None].to(self.device)
-            return np.asarray(self._windows(batch, network)[0].float().cpu())
-
-
-def mirror_axes(package: Package) -> tuple[int, ...]:
-    """Gives the axes of a window that were mirrored in training.
-
-    Raises:
-        MedmomError: There is none.
-    """
-    data = package.recipe.get("data", {})
-    axes = tuple(int(axis) for axis in data.get("mirror", ()) if axis < len(package.patch))
-    if not axes or not data.get("augment", True):
-        raise MedmomError(
-            f"{package.folder}: the model was trained without mirroring (data.mirror), and mirror images would mislead "
-            "it. Leave out --tta."
-        )
-    return axes
+    outcomes: list[Outcome]
+    gathered: Gathered
 
 
 def predict(
@@ -163,51 +89,206 @@ def predict(
     device: str = "auto",
     fold: str | None = None,
     quiet: bool = False,
-    overlap: float = 0.5,
-    tta: bool = False,
-) -> list[Outcome]:
+    settings: Settings | None = None,
+    wanted: Wanted | None = None,
+) -> Predicted:
     """Segments image files: a label map for each on its own grid, and a JSON file beside it that says what it is.
 
-    The model is loaded once. With several cases one that fails does not stop the others; ``cases.json`` in the
-    output folder lists all that were asked for. A single case that fails is raised, and nothing is written.
-    What an earlier predict wrote is replaced; no other file is.
+    The model is loaded once; while a case is computed the next is read and the last is written. With several cases
+    one that fails does not stop the others; ``cases.json`` in the output folder lists all that were asked for, and
+    ``run.json`` tells of the run. A single case that fails is raised, and nothing is written. What an earlier predict
+    wrote is replaced; no other file is. Under ``torchrun`` or ``srun`` each process does its share of the cases.
 
     Args:
         model: A run folder or model package.
-        inputs: Files, folders and globs (see ``find_inputs``).
-        out: A ``.nii.gz`` or ``.nii`` file for one case, else a folder.
+        inputs: Files, folders, globs and CSV files (see ``find_inputs``).
+        out: A ``.nii.gz`` or ``.nii`` file (``.png`` of a picture) for one case, else a folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
         fold: ``"validation"``: the cases that the run was validated on, instead of ``inputs``.
         quiet: No progress bar.
-        overlap: Share of a window that the next one covers again.
-        tta: Whether logits are averaged over mirror images, see ``Predictor``.
+        settings: How the model is run.
+        wanted: What is written besides, and what is left as it is.
 
     Returns:
-        One outcome a case, in order.
+        What became of the cases.
 
     Raises:
         MedmomError: Model, device, inputs or output cannot be used, or the only case fails.
     """
-    predictor = Predictor(model, device=device, overlap=overlap, tta=tta)
+    ranks, wanted = find_ranks(), wanted or Wanted()
+    predictor = Predictor(model, device=device_of(device, ranks), settings=settings)
     cases = _cases(model, inputs, fold, len(predictor.package.channels))
-    outputs = plan_outputs(cases, Path(out))
-    about = _about(model, predictor)
+    probabilities = predictor.labels.names if wanted.probabilities else ()
+    outputs = plan_outputs(cases, Path(out), preview=wanted.preview, probabilities=probabilities, ranks=ranks)
+    is_only = len(cases) == 1 and ranks.world_size == 1
+    road = _Road(predictor, cases, outputs, wanted, _about(model, predictor), is_only=is_only)
+    sweep(outputs.predictions[0].parent)
     outcomes: list[Outcome] = []
-    try:
-        for case, path in tqdm(
-            list(zip(cases, outputs.predictions, strict=True)),
-            desc="predict",
-            unit="case",
-            disable=quiet or len(cases) == 1,
-        ):
-            outcomes.append(_predict_case(predictor, case, path, about, quiet=quiet, is_only=len(cases) == 1))
-    finally:
-        # Also when the run is cut short: the list says what there is.
-        rest = [Outcome(case, None, f"{case.images[0]}: not reached.") for case in cases[len(outcomes) :]]
-        if outputs.listing is not None and outcomes:
-            listed = [_listed(outcome) for outcome in (*outcomes, *rest)]
-            write_json(outputs.listing, {**about, "cases": listed})
-    return outcomes
+    log = RunLog(outputs, cases, road.about, settings=road.settings, device=road.device, ranks=ranks)
+    with stopped_in_order(), log:
+        for outcome, told in _walked(road, deal(cases, ranks), quiet=quiet):
+            outcomes.append(outcome)
+            log.add(outcome.case, outcome.prediction, about=told, error=outcome.error, skipped=outcome.skipped)
+    return Predicted(outcomes, log.gathered)
+
+
+def _walked(road: _Road, mine: Sequence[int], *, quiet: bool) -> Iterator[Told]:
+    """Goes the road with each case of this process."""
+    # Of a budget there is one case at a time: two would have to share it.
+    settings = road.predictor.settings
+    at_once = len(mine) > 1 and settings.max_ram is None and settings.max_vram is None
+    steps = _overlapped(mine, road.read, partial(road.segment, quiet=quiet), road.write, at_once=at_once)
+    yield from tqdm(steps, desc="predict", unit="case", total=len(mine), disable=quiet or road.is_only)
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    given: Given
+    inputs: list[dict[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Segmented:
+    prediction: Prediction
+    inputs: list[dict[str, str]]
+    begun: ExitStack
+    """Files of this case that were begun, and appear or vanish at its end."""
+
+
+Told = tuple[Outcome, dict[str, Any] | None]
+"""What became of a case, and what its sidecar tells."""
+
+
+class _Road:
+    """The steps of a case; each gives what the next one takes, or the outcome where the case ends early."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        cases: Sequence[CaseFiles],
+        outputs: Outputs,
+        wanted: Wanted,
+        about: dict[str, Any],
+        *,
+        is_only: bool,
+    ) -> None:
+        self.predictor, self.cases, self.outputs, self.wanted = predictor, cases, outputs, wanted
+        self.about, self.is_only = about, is_only
+        self.settings = predictor.choices()
+        self.device = device_in_words(predictor.device)
+
+    def read(self, index: int) -> _Read | Told:
+        """Reads and prepares a case, unless its label map is there."""
+        case, path = self.cases[index], self.outputs.predictions[index]
+        try:
+            if self.wanted.skip_existing:
+                checksum, also = self.predictor.package.checksum, self.outputs.also(index)
+                if is_done(case, path, checksum=checksum, settings=self.settings, also=also):
+                    return Outcome(case, path, None, skipped=True), read_sidecar(path)
+            given = self.predictor.read(case.images)
+            return _Read(given, input_hashes(case.images))
+        except (MedmomError, OSError, MemoryError) as error:
+            return self._failed(case, error)
+
+    def segment(self, index: int, case: _Read | Told, *, quiet: bool) -> _Segmented | Told:
+        """Runs the network; probabilities are written as they come."""
+        if not isinstance(case, _Read):
+            return case
+        try:
+            with ExitStack() as begun:
+                sink = None
+                if self.wanted.probabilities is not None:
+                    sink = self._probability_files(index, case, begun).write
+                prediction = self.predictor.segment(case.given, quiet=quiet, probabilities=sink)
+                return _Segmented(prediction, case.inputs, begun.pop_all())
+        except (MedmomError, OSError) as error:
+            return self._failed(self.cases[index], error)
+
+    def write(self, index: int, case: _Segmented | Told) -> Told:
+        """Writes what was found."""
+        if not isinstance(case, _Segmented):
+            return case
+        files, path, also = self.cases[index], self.outputs.predictions[index], self.outputs.also(index)
+        found = case.prediction
+        try:
+            about = self._sidecar(files) | {
+                "inputs": case.inputs,
+                "seconds": dict(found.seconds),
+                "peak_ram_mib": round(peak() / 2**20),
+                "statistics": found.statistics,
+            }
+            with case.begun, claimed(path, about, also=also):
+                if self.wanted.preview:
+                    with atomic_file(self.outputs.previews[index]) as stream:
+                        stream.write(preview(found.label, found.image, found.labels))
+                told = write_prediction(path, found.label, found.labels, found.image, about, also=also)
+        except (MedmomError, OSError, MemoryError) as error:
+            return self._failed(files, error)
+        return Outcome(files, path, None), told
+
+    def _probability_files(self, index: int, case: _Read, begun: ExitStack) -> ProbabilityFiles:
+        path, kind = self.outputs.predictions[index], self.wanted.probabilities
+        assert kind is not None
+        begun.enter_context(claimed(path, self._sidecar(self.cases[index]), also=self.outputs.also(index)))
+        return begun.enter_context(
+            ProbabilityFiles(path.parent, stem(path), self.predictor.labels, case.given.image, kind=kind)
+        )
+
+    def _sidecar(self, case: CaseFiles) -> dict[str, Any]:
+        return {
+            "image": [str(path.absolute()) for path in case.images],
+            **self.about,
+            "versions": software_versions(),
+            "settings": self.settings,
+            "device": self.device,
+        }
+
+    def _failed(self, case: CaseFiles, error: Exception) -> Told:
+        fault = error
+        if isinstance(error, MemoryError):
+            fault = MedmomError(f"{case.images[0]}: memory is too small for it. Crop the image.")
+        elif not isinstance(error, MedmomError):
+            fault = MedmomError(f"{case.images[0]}: {error}. Check the disk.")
+        if self.is_only:
+            raise fault from error
+        return Outcome(case, None, str(fault)), None
+
+
+def _overlapped(
+    items: Sequence[int],
+    read: Callable[[int], R],
+    work: Callable[[int, R], S],
+    write: Callable[[int, S], T],
+    *,
+    at_once: bool,
+) -> Iterator[T]:
+    """Takes items through three steps, in order; ``at_once``: reads the next and writes the last meanwhile."""
+    if not at_once:
+        for item in items:
+            yield write(item, work(item, read(item)))
+        return
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        ahead: Future[R] = reader.submit(read, items[0])
+        behind: Future[T] | None = None
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            try:
+                given = ahead.result()
+                if following is not None:
+                    ahead = reader.submit(read, following)
+                done = work(item, given)
+            except BaseException:
+                # Cut short: what is written by then counts.
+                if behind is not None:
+                    yield behind.result()
+                raise
+            # One case waits to be written at most.
+            del given
+            if behind is not None:
+                yield behind.result()
+            behind = writer.submit(write, item, done)
+            del done
+        if behind is not None:
+            yield behind.result()
 
 
 def _cases(model: str | Path, inputs: Sequence[str | Path], fold: str | None, num_channels: int) -> list[CaseFiles]:
@@ -220,22 +301,6 @@ def _cases(model: str | Path, inputs: Sequence[str | Path], fold: str | None, nu
     return validation_cases(model)
 
 
-def _predict_case(
-    predictor: Predictor, case: CaseFiles, path: Path, about: dict[str, Any], *, quiet: bool, is_only: bool
-) -> Outcome:
-    try:
-        image = read_images(case.images)
-        label = predictor.label_map(image, quiet=quiet)
-        sidecar = {"image": _absolute(case.images), **about, "versions": software_versions()}
-        write_prediction(path, label, predictor.package.labels, image, sidecar)
-    except (MedmomError, OSError) as error:
-        fault = error if isinstance(error, MedmomError) else MedmomError(f"{case.images[0]}: {error}. Check the disk.")
-        if is_only:
-            raise fault from error
-        return Outcome(case, None, str(fault))
-    return Outcome(case, path, None)
-
-
 def _about(model: str | Path, predictor: Predictor) -> dict[str, Any]:
     package = predictor.package
     return {
@@ -244,26 +309,7 @@ def _about(model: str | Path, predictor: Predictor) -> dict[str, Any]:
             "path": str(Path(model).resolve()),
             "network": type(package.network).__name__,
             "checksum": package.checksum,
-            "overlap": predictor.overlap,
-            "mirrors": list(predictor.mirrors),
+            "overlap": predictor.settings.overlap,
             "evaluation": package.recipe.get("evaluation", {}),
         },
     }
-
-
-def _listed(outcome: Outcome) -> dict[str, Any]:
-    case = outcome.case
-    return {
-        "name": case.name,
-        "image": _absolute(case.images),
-        # From the list's own folder, so that the folder may be moved.
-        "prediction": None if outcome.prediction is None else outcome.prediction.name,
-        "patient": case.group,
-        "annotated": None if case.annotated is None else list(case.annotated),
-        "reference": None if case.label is None else str(case.label.absolute()),
-        "error": outcome.error,
-    }
-
-
-def _absolute(paths: Sequence[Path]) -> list[str]:
-    return [str(path.absolute()) for path in paths]

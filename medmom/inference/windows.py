@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import chain, combinations
 
 from monai.inferers import SliceInferer, SlidingWindowInferer
-from torch import Tensor
 
 
 def sliding_window(patch: Sequence[int], *, overlap: float = 0.5, batch_size: int = 1) -> SlidingWindowInferer:
@@ -27,27 +25,6 @@ def sliding_window(patch: Sequence[int], *, overlap: float = 0.5, batch_size: in
     """
     kind = partial(SliceInferer, spatial_dim=2) if len(patch) == 2 else SlidingWindowInferer
     return kind(roi_size=tuple(patch), sw_batch_size=batch_size, overlap=overlap, mode="gaussian", progress=False)
-
-
-def mirrored(network: Callable[[Tensor], Tensor], axes: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Gives a network whose logits are the mean over a window and all its mirror images, each turned back.
-
-    They are computed one after the other: n axes take 2^n times the time, and no more memory.
-
-    Args:
-        network: From windows (B, C, *spatial) to logits (B, K, *spatial).
-        axes: Spatial axes that are mirrored; none leaves the network as it is.
-    """
-    chosen = list(chain.from_iterable(combinations(axes, n) for n in range(1, len(axes) + 1)))
-
-    def mean(window: Tensor) -> Tensor:
-        total = network(window)
-        for turned in chosen:
-            dims = [2 + axis for axis in turned]
-            total = total + network(window.flip(dims)).flip(dims)
-        return total / (1 + len(chosen))
-
-    return mean if chosen else network
 
 
 def num_windows(shape: Sequence[int], patch: Sequence[int], *, overlap: float = 0.5) -> int:
