@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from tiny import LABELS, save_tiny
 
+from medmom.cli import main
 from medmom.data.files import stem
 from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
@@ -41,6 +42,12 @@ CHOSEN = {
     "derived/not_gzipped.nii.gz": "equals base",
     "derived/gzipped.nii": "equals base",
 }
+
+# Where an optional reader would be needed, the line names the kind of file.
+KINDS = {".nrrd": "an NRRD file", ".mha": "a MetaImage file", ".dcm": "a DICOM file", "": "such as DICOM series"}
+
+# Seconds each, and predicted alone above.
+LARGE = ("orientations/", "formats/labels256", "formats/avg152T1")
 
 
 def manifest() -> dict[str, str]:
@@ -103,7 +110,7 @@ def check_on_own_grid(written: Path, source: Path) -> None:
 def test_odd_file_is_predicted_on_its_own_grid(
     path: str, model: Path, odd: Path, base: np.ndarray, tmp_path: Path
 ) -> None:
-    (outcome,) = predict(model, [odd / path], tmp_path, quiet=True)
+    (outcome,) = predict(model, [odd / path], tmp_path, quiet=True).outcomes
     assert outcome.prediction == tmp_path / f"{stem(odd / path)}.nii.gz"
     # nibabel does not open these two; their grid is that of the base.
     is_misnamed = path in ("derived/not_gzipped.nii.gz", "derived/gzipped.nii")
@@ -120,6 +127,7 @@ def test_unusable_file_is_refused_in_one_line(path: str, model: Path, odd: Path,
     assert "\n" not in message
     assert message.startswith(f"{odd / path}: "), "the file comes first"
     assert message.count(". ") >= 1, "a fact, then a mend"
+    assert KINDS.get((odd / path).suffix, "") in message
     assert not list(tmp_path.iterdir())
 
 
@@ -137,9 +145,65 @@ def test_brain_is_segmented_alike_in_some_orientations(
 def test_brain_is_segmented_alike_in_all_orientations(
     model: Path, odd: Path, brain: np.ndarray, tmp_path: Path
 ) -> None:
-    outcomes = predict(model, [odd / "orientations"], tmp_path, quiet=True)
+    outcomes = predict(model, [odd / "orientations"], tmp_path, quiet=True).outcomes
     assert len(outcomes) == 48
     for outcome in outcomes:
         assert outcome.prediction is not None, outcome.error
         check_on_own_grid(outcome.prediction, outcome.case.images[0])
         assert (in_ras(outcome.prediction) == brain).mean() >= 0.999
+
+
+@pytest.mark.parametrize("path", entries("companion", "reference", "inspect"))
+def test_file_that_is_no_scan_by_itself_never_ends_in_a_traceback(
+    path: str, model: Path, odd: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.nii.gz"
+    try:
+        predict(model, [odd / path], out, quiet=True)
+    except MedmomError as error:
+        assert str(error).startswith(f"{odd / path}: ")
+        assert "\n" not in str(error)
+        assert not list(tmp_path.iterdir())
+    else:
+        check_on_own_grid(out, odd / path)
+
+
+def test_every_expectation_of_the_collection_is_tested(odd: Path) -> None:
+    tested = {"predict", "equals base", "refuse", "companion", "reference", "inspect"}
+    assert set(manifest().values()) == tested
+    assert all((odd / path).exists() for path in manifest())
+    assert set(CHOSEN) <= set(manifest())
+
+
+def link_all(odd: Path, folder: Path) -> dict[str, str]:
+    """Links every small file of the collection under a name of its own; gives path by link."""
+    links = {}
+    for number, path in enumerate(path for path in manifest() if not path.startswith(LARGE)):
+        source = odd / path
+        if source.is_file() and manifest()[path] in ("predict", "equals base", "refuse"):
+            link = folder / f"{number:03d}-{source.name}"
+            link.symlink_to(source)
+            for half in source.parent.glob(f"{source.name.split('.')[0]}.img*"):
+                (folder / f"{number:03d}-{half.name}").symlink_to(half)
+            links[str(link)] = path
+    return links
+
+
+def test_whole_collection_in_one_call_gives_each_file_what_it_deserves(
+    model: Path, odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    links = link_all(odd, folder)
+    with pytest.raises(SystemExit) as exit_:
+        main(["predict", str(model), *links, "--out", str(tmp_path / "out"), "--quiet"])
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    refused = [line.split(": ")[1] for line in lines if line.startswith("medmom: ")]
+    assert len(refused) == len(lines), "every line is ours"
+    assert sorted(refused) == sorted(link for link, path in links.items() if manifest()[path] == "refuse")
+    for link in set(links) - set(refused):
+        assert (tmp_path / "out" / f"{stem(link)}.nii.gz").is_file()
+        assert (tmp_path / "out" / f"{stem(link)}.json").is_file()
+    for link in refused:
+        assert not list((tmp_path / "out").glob(f"{stem(link)}.*"))
