@@ -162,7 +162,7 @@ def test_all_pictures_unreadable(folder: Path, model: Path, capsys: pytest.Captu
         truncate(path)
     assert run("predict", model, folder / "data" / "images", "--out", folder / "out") == 2
     assert capsys.readouterr().err.count("cut short") == 5
-    assert {path.name for path in (folder / "out").iterdir()} == {"cases.json"}
+    assert {path.name for path in (folder / "out").iterdir()} == {"cases.json", "run.json"}
 
 
 def test_picture_for_a_model_of_volumes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
