@@ -213,8 +213,10 @@ def write_label(path: str | Path, label: np.ndarray, labels: Labels, like: Volum
         raise MedmomError(f"{path}: label maps are written as .nii.gz or .nii. Give the output such a name.")
     if _is_same_file(path, like.path):
         raise MedmomError(f"{path}: the output would replace its own input. Give another output.")
-    stored = label.astype(labels.dtype)
-    if label.shape != like.geometry.shape or not np.array_equal(stored, label):
+    # Of the right type already it is not copied: of a whole body that would be another half GiB.
+    stored = label.astype(labels.dtype, copy=False)
+    is_same = stored is label or np.array_equal(stored, label)
+    if label.shape != like.geometry.shape or not is_same:
         raise ValueError(f"a label map {label.shape} {label.dtype} for {like.geometry.shape} {labels.dtype}")
     with atomic_file(path) as stream:
         if like.is_picture:

@@ -23,7 +23,7 @@ UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 BATCHES = (8, 4, 2, 1)
 """Windows at a time that are tried on a GPU, in this order."""
 
-SPARE, SPARE_DEVICE = 0.04, 0.1
+SPARE, SPARE_DEVICE = 0.1, 0.1
 """Share of what is to come that is added for what is not counted: pieces kept by those who give out memory."""
 
 KEPT = 96 * 2**20
