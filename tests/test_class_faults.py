@@ -8,18 +8,19 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
 from tiny_classes import write_volume
 from tiny_road import (
+    Fault,
     class_picture,
     complaint,
     contents,
     road_recipe,
     run,
     save_model,
+    truncate,
     write_class_pictures,
     write_class_volumes,
     write_multilabel,
@@ -29,19 +30,8 @@ from tiny_road import (
 )
 
 
-class Fault(NamedTuple):
-    """What to break, and what the line must say: file, fact, mend."""
-
-    spoil: Callable[[Path], object]
-    words: tuple[str, ...]
-
-
 def image(folder: Path) -> Path:
     return folder / "data" / "rows" / "rows_1.png"
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def table(folder: Path, *rows: str, header: str = "image,label", **options: str) -> int:

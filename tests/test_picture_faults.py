@@ -6,25 +6,27 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_pictures import chunk
-from tiny_road import complaint, contents, disc_picture, road_recipe, run, save_model, write_pictures, write_volumes
+from tiny_road import (
+    Fault,
+    complaint,
+    contents,
+    disc_picture,
+    road_recipe,
+    run,
+    save_model,
+    truncate,
+    write_pictures,
+    write_volumes,
+)
 
 from medmom.data.preparation import Preparation
-
-
-class Fault(NamedTuple):
-    """What to break, and what the line must say: file, fact, mend."""
-
-    spoil: Callable[[Path], object]
-    words: tuple[str, ...]
 
 
 def image(folder: Path) -> Path:
@@ -33,10 +35,6 @@ def image(folder: Path) -> Path:
 
 def mask(folder: Path) -> Path:
     return folder / "data" / "masks" / "frame 1.png"
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def break_link(path: Path, target: Path) -> None:

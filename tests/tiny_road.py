@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -32,6 +32,17 @@ LABELS = {"background": 0, "polyp": 3, "tool": 9}
 
 TURNED = np.array([[0, -1.5, 0, 20], [2.0, 0, 0, -7], [0, 0, 3.0, 11], [0, 0, 0, 1.0]])
 """Voxel to mm of the volumes: axes exchanged and flipped."""
+
+
+class Fault(NamedTuple):
+    """What to break, and what the line must say: file, fact, mend."""
+
+    spoil: Callable[[Path], object]
+    words: tuple[str, ...]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def disc_picture(seed: int, size: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

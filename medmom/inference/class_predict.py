@@ -12,6 +12,7 @@ from medmom.errors import MedmomError
 from medmom.inference.class_inputs import class_validation_cases, find_class_inputs
 from medmom.inference.class_outputs import ClassOutcome, ClassOutputs, plan_class_outputs, write_classes
 from medmom.inference.class_predictor import ClassInput, ClassPredictor
+from medmom.inference.inputs import asks_for_validation
 from medmom.package import software_versions
 
 BATCH, BATCH_VOXELS = 32, 2**21
@@ -50,7 +51,9 @@ def predict_classes(
         MedmomError: Model, device, inputs or output cannot be used, or the only case fails.
     """
     predictor = ClassPredictor(model, device=device)
-    cases = _cases(model, inputs, fold, len(predictor.package.channels))
+    is_validation = asks_for_validation(inputs, fold)
+    num_channels = len(predictor.package.channels)
+    cases = class_validation_cases(model) if is_validation else find_class_inputs(inputs, num_channels)
     outputs = plan_class_outputs(cases, Path(out), explain=explain)
     outcomes: dict[str, ClassOutcome] = {}
     try:
@@ -66,16 +69,6 @@ def predict_classes(
         if outcomes:
             write_classes(outputs, listed, predictor.classes, _about(model, predictor, fold))
     return listed
-
-
-def _cases(model: str | Path, inputs: Sequence[str | Path], fold: str | None, num_channels: int) -> list[CaseFiles]:
-    if fold is None:
-        return find_class_inputs(inputs, num_channels)
-    if fold != "validation":
-        raise MedmomError(f"fold {fold}: unknown. Give validation.")
-    if inputs:
-        raise MedmomError(f"{inputs[0]}: an input besides --fold. Give one of the two.")
-    return class_validation_cases(model)
 
 
 def _outcomes(

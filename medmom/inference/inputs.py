@@ -60,6 +60,21 @@ def find_inputs(inputs: Sequence[str | Path], num_channels: int) -> list[CaseFil
     return cases
 
 
+def asks_for_validation(inputs: Sequence[str | Path], fold: str | None) -> bool:
+    """Whether the validation cases of a run are asked for, rather than inputs.
+
+    Raises:
+        MedmomError: The fold is unknown, or inputs are given besides it.
+    """
+    if fold is None:
+        return False
+    if fold != "validation":
+        raise MedmomError(f"fold {fold}: unknown. Give validation.")
+    if inputs:
+        raise MedmomError(f"{inputs[0]}: an input besides --fold. Give one of the two.")
+    return True
+
+
 def validation_cases(model: str | Path) -> list[CaseFiles]:
     """Gives the cases of the fold that a run was validated on, from its ``split.json``.
 

@@ -18,7 +18,7 @@ from medmom.data.case import CaseFiles
 from medmom.data.files import stem
 from medmom.errors import MedmomError
 from medmom.inference.footprint import peak
-from medmom.inference.inputs import find_inputs, validation_cases
+from medmom.inference.inputs import asks_for_validation, find_inputs, validation_cases
 from medmom.inference.manifest import device_in_words, input_hashes
 from medmom.inference.outputs import Outputs, claimed, plan_outputs, sweep, write_prediction
 from medmom.inference.predictor import Given, Prediction, Predictor, Settings
@@ -117,7 +117,9 @@ def predict(
     """
     ranks, wanted = find_ranks(), wanted or Wanted()
     predictor = Predictor(model, device=device_of(device, ranks), settings=settings)
-    cases = _cases(model, inputs, fold, len(predictor.package.channels))
+    is_validation = asks_for_validation(inputs, fold)
+    num_channels = len(predictor.package.channels)
+    cases = validation_cases(model) if is_validation else find_inputs(inputs, num_channels)
     probabilities = predictor.labels.names if wanted.probabilities else ()
     outputs = plan_outputs(cases, Path(out), preview=wanted.preview, probabilities=probabilities, ranks=ranks)
     is_only = len(cases) == 1 and ranks.world_size == 1
@@ -289,16 +291,6 @@ def _overlapped(
             del done
         if behind is not None:
             yield behind.result()
-
-
-def _cases(model: str | Path, inputs: Sequence[str | Path], fold: str | None, num_channels: int) -> list[CaseFiles]:
-    if fold is None:
-        return find_inputs(inputs, num_channels)
-    if fold != "validation":
-        raise MedmomError(f"fold {fold}: unknown. Give validation.")
-    if inputs:
-        raise MedmomError(f"{inputs[0]}: an input besides --fold. Give one of the two.")
-    return validation_cases(model)
 
 
 def _about(model: str | Path, predictor: Predictor) -> dict[str, Any]:
