@@ -96,10 +96,12 @@ class Geometry:
         return Geometry(tuple(shape), affine)
 
 
-def _aligned(
-    image: np.ndarray, source: Geometry, target: Geometry, order: int
-) -> tuple[np.ndarray, list[np.ndarray | None]]:
-    """Turns ``image`` to the target's axes by permuting and flipping, and gives each axis's weights.
+def shared_axes(source: Geometry, target: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds which axis of a grid each axis of another one runs along.
+
+    Returns:
+        The source axis of each target axis; the linear part (3, 3) and the offset (3,) of the map from target voxels
+        to source voxels.
 
     Raises:
         ValueError: The target's axes are not the source's, permuted, flipped and scaled.
@@ -111,6 +113,18 @@ def _aligned(
     drift[axes, np.arange(3)] = 0
     if sorted(axes) != [0, 1, 2] or drift.max() > AXIS_TOLERANCE:
         raise ValueError("the grids do not share their axes; resample between a case and its working grid only")
+    return axes, linear, offset
+
+
+def _aligned(
+    image: np.ndarray, source: Geometry, target: Geometry, order: int
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Turns ``image`` to the target's axes by permuting and flipping, and gives each axis's weights.
+
+    Raises:
+        ValueError: The target's axes are not the source's, permuted, flipped and scaled.
+    """
+    axes, linear, offset = shared_axes(source, target)
     image = image.transpose(0, *(1 + axes))
     weights = []
     for axis, source_axis in enumerate(axes):

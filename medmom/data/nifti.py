@@ -206,6 +206,13 @@ def _format_name(path: Path) -> str:
 
 
 def label_header(old: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Makes the header of a label map, see ``grid_header``."""
+    header = grid_header(old, shape, dtype)
+    header["intent_code"] = LABEL_INTENT
+    return header
+
+
+def grid_header(old: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """Makes a header of the same NIfTI version, grid, codes and units, and nothing else of the input's."""
     header = nib.Nifti2Header() if isinstance(old, nib.Nifti2Header) else nib.Nifti1Header()
     header.set_data_shape(shape[:2] if int(old["dim"][0]) == 2 else shape)
@@ -214,7 +221,6 @@ def label_header(old: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     for name in ORIENTATION_FIELDS:
         header[name] = old[name]
     header["xyzt_units"] = int(old["xyzt_units"]) & 7
-    header["intent_code"] = LABEL_INTENT
     header.set_slope_inter(1, 0)
     return header
 

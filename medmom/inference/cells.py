@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from medmom.geometry import AXIS_TOLERANCE, Geometry
+from medmom.geometry import Geometry, shared_axes
 
 SAME_VOXEL = 1e-4
 """Share of a voxel within which an axis counts as not scaled, as in ``medmom.geometry``."""
@@ -46,13 +46,7 @@ def axis_rules(working: Geometry, own: Geometry) -> list[AxisRule]:
     Raises:
         ValueError: The own axes are not the working grid's, permuted, flipped and scaled.
     """
-    matrix = np.linalg.inv(working.affine) @ own.affine
-    linear, offset = matrix[:3, :3], matrix[:3, 3]
-    sources = np.abs(linear).argmax(axis=0)
-    drift = np.abs(linear) * np.array(own.shape)
-    drift[sources, np.arange(3)] = 0
-    if sorted(sources) != [0, 1, 2] or drift.max() > AXIS_TOLERANCE:
-        raise ValueError("the grids do not share their axes; restore from a case's working grid only")
+    sources, linear, offset = shared_axes(working, own)
     return [
         _axis_rule(
             int(source), linear[source, axis] * np.arange(own.shape[axis]) + offset[source], working.shape[source]

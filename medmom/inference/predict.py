@@ -213,17 +213,19 @@ class _Road:
         files, path, also = self.cases[index], self.outputs.predictions[index], self.outputs.also(index)
         found = case.prediction
         try:
-            about = self._sidecar(files) | {
-                "inputs": case.inputs,
-                "seconds": dict(found.seconds),
-                "peak_ram_mib": round(peak() / 2**20),
-                "statistics": found.statistics,
-            }
-            with case.begun, claimed(path, about, also=also):
-                if self.wanted.preview:
-                    with atomic_file(self.outputs.previews[index]) as stream:
-                        stream.write(preview(found.label, found.image, found.labels))
-                told = write_prediction(path, found.label, found.labels, found.image, about, also=also)
+            # Whatever fails from here on, the files that were begun go with it.
+            with case.begun:
+                about = self._sidecar(files) | {
+                    "inputs": case.inputs,
+                    "seconds": dict(found.seconds),
+                    "peak_ram_mib": round(peak() / 2**20),
+                    "statistics": found.statistics,
+                }
+                with claimed(path, about, also=also):
+                    if self.wanted.preview:
+                        with atomic_file(self.outputs.previews[index]) as stream:
+                            stream.write(preview(found.label, found.image, found.labels))
+                    told = write_prediction(path, found.label, found.labels, found.image, about, also=also)
         except (MedmomError, OSError, MemoryError) as error:
             return self._failed(files, error)
         return Outcome(files, path, None), told

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
 
-import nibabel as nib
 import numpy as np
 from PIL import Image
 
 from medmom.data.files import Volume
-from medmom.data.nifti import ORIENTATION_FIELDS
+from medmom.data.nifti import grid_header
 from medmom.errors import MedmomError
 from medmom.labels import Labels
 
@@ -218,16 +217,7 @@ class ProbabilityFiles:
             offset += len(self.paths) * depth * plane
 
     def _header(self) -> bytes:
-        """A header of the image's NIfTI version, grid, codes and units, and nothing else of the image's."""
-        old: Any = self._like.header
-        header = nib.Nifti2Header() if isinstance(old, nib.Nifti2Header) else nib.Nifti1Header()
-        shape: Sequence[int] = self._like.geometry.shape
-        header.set_data_shape(shape[:2] if int(old["dim"][0]) == 2 else shape)
-        header.set_data_dtype(self._dtype)
-        header["pixdim"][:4] = old["pixdim"][:4]
-        for name in ORIENTATION_FIELDS:
-            header[name] = old[name]
-        header["xyzt_units"] = int(old["xyzt_units"]) & 7
+        header = grid_header(self._like.header, self._like.geometry.shape, self._dtype)
         header.set_slope_inter(1 / self._highest, 0)
         stream = io.BytesIO()
         header.write_to(stream)
