@@ -17,6 +17,9 @@ BLOCK = 64
 # The weights of a spline fall by 0.27 a voxel and never end; smaller ones are lost in float32.
 NEGLIGIBLE = 2.0**-30
 
+# Voxels from the border after which a spline has forgotten what lies there (0.27 to this power is 1e-9).
+SETTLED = 16
+
 
 def _linear_weights(position: np.ndarray, count: int) -> np.ndarray:
     """Weights (targets, sources) of linear interpolation at ``position``, the border value outside."""
@@ -31,29 +34,25 @@ def _linear_weights(position: np.ndarray, count: int) -> np.ndarray:
 
 
 def _cubic_weights(position: np.ndarray, count: int) -> np.ndarray:
-    """Weights (targets, sources) of the interpolating cubic B-spline, mirrored at the border.
+    """Weights (targets, sources) of the interpolating cubic B-spline of the voxels, outside of the border's value.
 
     The coefficients c of the spline solve (c[i-1] + 4 c[i] + c[i+1]) / 6 = f[i]; the weights are
     the basis at ``position`` times the inverse of that matrix.
     """
-    if count < 3:
-        return _linear_weights(position, count)
-    position = np.clip(position, 0, count - 1)
+    size = count + 4 * SETTLED
+    position = np.clip(position, -SETTLED, count - 1 + SETTLED) + 2 * SETTLED
     base = np.floor(position).astype(int)
     t = position - base
-    basis = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3]) / 6
-    weights = np.zeros((len(position), count))
-    for k in range(4):
-        index = np.abs(base + k - 1)
-        index = np.where(index > count - 1, 2 * (count - 1) - index, index)
-        np.add.at(weights, (np.arange(len(position)), index), basis[k])
-    bands = np.full((3, count), 1 / 6)
-    bands[1] = 4 / 6
-    bands[0, 1] = bands[2, -2] = 2 / 6  # the mirrored neighbour counts twice
-    # weights @ inverse(A) = solve(A.T, weights.T).T, and A.T has the two outer bands swapped.
-    transposed = np.zeros_like(bands)
-    transposed[0, 1:], transposed[1], transposed[2, :-1] = bands[2, :-1], bands[1], bands[0, 1:]
-    return np.ascontiguousarray(scipy.linalg.solve_banded((1, 1), transposed, weights.T).T)
+    basis = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
+    weights = np.zeros((len(position), size))
+    np.put_along_axis(weights, base[:, None] + np.arange(-1, 3), basis, axis=1)
+    # weights @ inverse(A) = solve(A.T, weights.T).T, and A is its own transpose.
+    bands = np.repeat([[1 / 6], [4 / 6], [1 / 6]], size, axis=1)
+    weights = scipy.linalg.solve_banded((1, 1), bands, weights.T).T
+    inner = np.array(weights[:, 2 * SETTLED : -2 * SETTLED], order="C")
+    inner[:, 0] += weights[:, : 2 * SETTLED].sum(axis=1)
+    inner[:, -1] += weights[:, -2 * SETTLED :].sum(axis=1)
+    return inner
 
 
 def _nearest_weights(position: np.ndarray, count: int) -> np.ndarray:
@@ -65,7 +64,7 @@ def _nearest_weights(position: np.ndarray, count: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def axis_weights(source_count: int, target_count: int, scale: float, offset: float, order: int) -> np.ndarray | None:
-    """Interpolation matrix of one axis; outside the source the border voxel counts.
+    """Interpolation matrix of one axis; outside the source the border's value goes on.
 
     Args:
         source_count: Voxels of the source.

@@ -212,7 +212,7 @@ class SliceClassifier(EncoderNetwork):
         """
         if not is_traced():
             self._check(image)
-        slices = image.movedim(-1, 1)
+        slices = image.movedim(4, 1)
         # In training all of them: batch normalisation has to see the whole batch, with gradients or without.
         if self.training or is_recorded() or is_exported():
             return self._encode(slices)

@@ -27,12 +27,12 @@ def test_target_has_the_extent_of_the_scan_and_the_size_of_its_spacing() -> None
     np.testing.assert_allclose(np.multiply(target.shape, target.spacing), np.multiply(source.shape, source.spacing))
 
 
-def test_values_are_those_of_scipy_away_from_the_border() -> None:
+def test_values_are_those_of_scipy() -> None:
     scan = bench.phantom(bench.SHAPES[True], seed=0)
     ours, theirs = (result(name, scan) for name in ("medmom", "scipy.ndimage.zoom"))
     # scipy's leave the range of the scan at the edges of organs.
     kept = np.clip(theirs.values, scan.min(), scan.max())
-    assert bench.difference(ours.values, kept)[1] < 1e-5
+    assert bench.difference(ours.values, kept) < 1e-5
 
 
 def test_table_says_who_is_faster_and_who_is_absent() -> None:
@@ -44,7 +44,7 @@ def test_table_says_who_is_faster_and_who_is_absent() -> None:
         "TotalSegmentator": bench.Result(2.0, 1.0, ours),
     }
     assert bench.rows(results, "nnU-Net v2") == [
-        ["medmom", "0.5", "1", "3", "1.0e-03, inside 1.0e-03"],
+        ["medmom", "0.5", "1", "3", "1.0e-03"],
         ["nnU-Net v2", "5", "10", "30", "reference"],
         ["skimage.transform.resize", "not installed (skimage)", "", "", ""],
         ["TotalSegmentator", "2", "4", "1", "another grid"],
@@ -85,4 +85,4 @@ def test_values_are_those_of_the_peer(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(SCRIPTS)
     text = bench.main(["--small", "--repeats", "1", "--out", str(tmp_path)]).read_text(encoding="utf-8")
     assert "| skimage.transform.resize | " in text
-    assert "Values within 0.0001 of its range, inside: yes" in text
+    assert "Values within 0.0001 of its range: yes" in text

@@ -154,11 +154,11 @@ def upright(path: Path) -> tuple[Floats, NDArray[Any], nib.Nifti1Image]:
 def sampled(image: NDArray[Any], shape: Any, scale: Any, *, order: int) -> Floats:
     """Values on a grid about the same centre whose voxels are ``scale`` times as large, the border's outside."""
     axes = [
-        np.clip((n - 1) / 2 + factor * (np.arange(count) - (count - 1) / 2), 0, n - 1)
+        (n - 1) / 2 + factor * (np.arange(count) - (count - 1) / 2)
         for n, count, factor in zip(image.shape, shape, scale, strict=True)
     ]
     places = np.meshgrid(*axes, indexing="ij")
-    return np.asarray(ndimage.map_coordinates(image.astype(float), places, order=order, mode="mirror"), np.float32)
+    return np.asarray(ndimage.map_coordinates(image.astype(float), places, order=order, mode="nearest"), np.float32)
 
 
 def starts(size: int, edge: int, step: int) -> Iterator[int]:

@@ -69,9 +69,8 @@ def test_linear_and_cubic_equal_scipy() -> None:
     matrix = np.linalg.inv(source.affine) @ target.affine
     index = np.array(np.meshgrid(*map(np.arange, target.shape), indexing="ij")).reshape(3, -1)
     position = matrix[:3, :3] @ index + matrix[:3, 3:]
-    position = np.clip(position, 0, np.array(source.shape)[:, None] - 1)
     for order in (1, 3):
-        expected = scipy.ndimage.map_coordinates(image[0].astype(np.float64), position, order=order, mode="mirror")
+        expected = scipy.ndimage.map_coordinates(image[0].astype(np.float64), position, order=order, mode="nearest")
         expected = np.clip(expected, image.min(), image.max()).reshape(target.shape)
         np.testing.assert_allclose(resample(image, source, target, order=order)[0], expected, atol=5e-6)
 
@@ -138,12 +137,9 @@ def test_long_axes_equal_scipy() -> None:
     target = source.with_spacing((0.6, 1.0, 1.7))
     image = np.random.default_rng(3).normal(size=(1, *source.shape)).astype(np.float32)
     matrix = np.linalg.inv(source.affine) @ target.affine
-    lines = [
-        np.clip(matrix[k, k] * np.arange(n) + matrix[k, 3], 0, m - 1)
-        for k, (n, m) in enumerate(zip(target.shape, source.shape, strict=True))
-    ]
+    lines = [matrix[k, k] * np.arange(n) + matrix[k, 3] for k, n in enumerate(target.shape)]
     position = np.meshgrid(*lines, indexing="ij")
-    expected = scipy.ndimage.map_coordinates(image[0].astype(np.float64), position, order=3, mode="mirror")
+    expected = scipy.ndimage.map_coordinates(image[0].astype(np.float64), position, order=3, mode="nearest")
     expected = np.clip(expected, image.min(), image.max())
     np.testing.assert_allclose(resample(image, source, target, order=3)[0], expected, atol=5e-6)
 

@@ -20,8 +20,7 @@ from medmom.errors import MedmomError
 from medmom.inference import footprint, memory
 from medmom.inference.footprint import peak, resident, window_bytes
 from medmom.inference.memory import GIB, parse_size, plan_stream, step_down
-from medmom.inference.stream import StreamPlan
-from medmom.inference.windows import num_windows
+from medmom.inference.stream import StreamPlan, num_windows
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 2**20
@@ -93,7 +92,7 @@ def test_without_budget_sums_are_float32_and_nothing_is_measured(monkeypatch: py
     found, told = plan()
     assert found == StreamPlan((96, 96, 96), 0.5, 2, 1, torch.float32, on_device=False)
     assert told == "Plan: 275 windows of 96 x 96 x 96 along z, one at a time, accumulator 0.65 GiB float32."
-    assert num_windows((263, 263, 549), (96, 96, 96)) == 275
+    assert num_windows((263, 263, 549), (96, 96, 96), 0.5) == 275
 
 
 def test_float32_where_it_fits_and_float16_else(monkeypatch: pytest.MonkeyPatch) -> None:

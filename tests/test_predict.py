@@ -20,7 +20,8 @@ from medmom.errors import MedmomError
 from medmom.inference.inputs import find_inputs
 from medmom.inference.predict import predict
 from medmom.inference.predictor import Given, Prediction, Predictor, Settings
-from medmom.inference.windows import num_windows, sliding_window
+from medmom.inference.stream import num_windows
+from medmom.inference.windows import sliding_window
 
 LISTS = ["cases.json", "run.json", "statistics.csv", "statistics.json"]
 
@@ -98,8 +99,8 @@ def test_windows_of_two_edges_run_slice_by_slice() -> None:
 
     found = sliding_window((12, 8))(image, network)
     torch.testing.assert_close(found, image.cumsum(dim=2))
-    assert seen == [(1, 2, 12, 8)] * num_windows(image.shape[2:], (12, 8))
-    assert num_windows((30, 8, 5), (12, 8)) == 5 * num_windows((30, 8, 1), (12, 8)) == 5 * 4
+    assert seen == [(1, 2, 12, 8)] * num_windows(image.shape[2:], (12, 8), 0.5)
+    assert num_windows((30, 8, 5), (12, 8), 0.5) == 5 * num_windows((30, 8, 1), (12, 8), 0.5) == 5 * 4
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
@@ -108,7 +109,7 @@ def test_windows_are_counted_as_they_are_run(shape: tuple[int, ...], overlap: fl
     seen = []
     windows = sliding_window((8, 8, 16), overlap=overlap)
     windows(torch.zeros(1, 1, *shape), lambda window: seen.append(window.shape) or window)
-    assert len(seen) == num_windows(shape, (8, 8, 16), overlap=overlap)
+    assert len(seen) == num_windows(shape, (8, 8, 16), overlap)
     assert set(seen) == {(1, 1, 8, 8, 16)}
 
 

@@ -38,7 +38,7 @@ class Case:
 
     Attributes:
         name: Its name.
-        image: float32, shape (C, X, Y, Z).
+        image: Shape (C, X, Y, Z); float32 once prepared, before that of any real type.
         label: Channel indices, uint8, shape (X, Y, Z), 255 where ignored; None without one. Classes that are
             not annotated in this case are background.
         geometry: The grid of both.

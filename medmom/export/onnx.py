@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import os
 import secrets
 import warnings
 from collections.abc import Iterator
@@ -140,7 +139,6 @@ def _write(package: Package, path: Path) -> None:
             output_names=["logits"],
             dynamic_axes=axes,
         )
-    _count_axes_from_the_front(path)
 
 
 @contextmanager
@@ -152,21 +150,6 @@ def _attention_step_by_step() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _count_axes_from_the_front(path: Path) -> None:
-    """Mends what torch's exporter writes for ``movedim(-1, ...)``: ONNX knows no axes below 0 there."""
-    import onnx  # noqa: PLC0415 - of the extra `export`
-
-    program = onnx.load(path)
-    for node in program.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Transpose" and attribute.name == "perm":
-                attribute.ints[:] = [axis % len(attribute.ints) for axis in attribute.ints]
-    with path.open("wb") as stream:
-        stream.write(program.SerializeToString())
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _compared(package: Package, path: Path) -> dict[str, Any]:

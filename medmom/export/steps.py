@@ -18,10 +18,9 @@ AXIS_ORDER = (
     "left, y rows from the top, z has one entry."
 )
 INTERPOLATION = (
-    "Interpolating cubic B-spline (order 3) along each axis, mirrored about the centres of the border voxels "
-    "(d c b | a b c d | c b a); positions outside the image take the border's value; an axis of fewer than 3 voxels "
-    "is interpolated linearly; an axis whose voxels stay where they are is copied. Each channel is then clipped to "
-    "the range that it had before."
+    "Interpolating cubic B-spline (order 3) along each axis, of the voxels and of the border's value, which goes on "
+    "outside (a a a | a b c d | d d d); an axis whose voxels stay where they are is copied. Each channel is then "
+    "clipped to the range that it had before."
 )
 BLENDING = (
     "Logits of overlapping windows are averaged with the weights prod_axis exp(-d^2 / (2 s^2)), d the distance in "

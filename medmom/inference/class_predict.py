@@ -12,6 +12,7 @@ from medmom.errors import MedmomError
 from medmom.inference.class_inputs import class_validation_cases, find_class_inputs
 from medmom.inference.class_outputs import ClassOutcome, ClassOutputs, plan_class_outputs, write_classes
 from medmom.inference.class_predictor import ClassInput, ClassPredictor
+from medmom.inference.faults import fault_of
 from medmom.inference.inputs import asks_for_validation
 from medmom.package import software_versions
 
@@ -112,9 +113,7 @@ def _classified(
 
 
 def _told(case: CaseFiles, error: Exception, *, is_only: bool) -> ClassOutcome:
-    if isinstance(error, MemoryError):
-        error = MedmomError(f"{case.images[0]}: memory is too small to read it. Crop the image.")
-    fault = error if isinstance(error, MedmomError) else MedmomError(f"{case.images[0]}: {error}. Check the disk.")
+    fault = fault_of(case, error)
     if is_only:
         raise fault from error
     return ClassOutcome(case, error=str(fault))

@@ -12,7 +12,7 @@ from torch import nn
 
 from medmom.errors import MedmomError
 from medmom.inference.footprint import resident, window_bytes
-from medmom.inference.stream import StreamPlan, planes_at_once, window_edges, window_starts
+from medmom.inference.stream import StreamPlan, num_windows, planes_at_once, window_edges
 from medmom.models.sizes import times
 
 GIB = 2**30
@@ -140,9 +140,6 @@ class _Case:
         axis = min(range(3), key=lambda axis: (math.prod(self._extents(axis)), -axis))
         return StreamPlan(self.patch, self.overlap, axis, batch, dtype, on_device)
 
-    def num_windows(self) -> int:
-        return math.prod(map(len, window_starts(self.shape[1:], self.patch, self.overlap)))
-
     def sums(self, plan: StreamPlan) -> int:
         """Sums of logits and of weights, and the weights of a window."""
         each = self.num_classes * plan.dtype.itemsize + 4
@@ -228,10 +225,11 @@ def _total(needs: Mapping[str, int]) -> int:
 
 
 def _told(case: _Case, plan: StreamPlan) -> str:
+    count = num_windows(case.shape[1:], plan.patch, plan.overlap)
     at_once = "one" if plan.batch == 1 else str(plan.batch)
     dtype = str(plan.dtype).removeprefix("torch.")
     return (
-        f"Plan: {case.num_windows()} windows of {times(plan.patch)} along {'xyz'[plan.axis]}, {at_once} at a time, "
+        f"Plan: {count} windows of {times(plan.patch)} along {'xyz'[plan.axis]}, {at_once} at a time, "
         f"accumulator {case.sums(plan) / GIB:.2f} GiB {dtype}{' on the GPU' if plan.on_device else ''}"
     )
 

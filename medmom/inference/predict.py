@@ -17,6 +17,7 @@ from medmom.data.atomic import atomic_file
 from medmom.data.case import CaseFiles
 from medmom.data.files import stem
 from medmom.errors import MedmomError
+from medmom.inference.faults import fault_of
 from medmom.inference.footprint import peak
 from medmom.inference.inputs import asks_for_validation, find_inputs, validation_cases
 from medmom.inference.manifest import device_in_words, input_hashes
@@ -248,11 +249,7 @@ class _Road:
         }
 
     def _failed(self, case: CaseFiles, error: Exception) -> Told:
-        fault = error
-        if isinstance(error, MemoryError):
-            fault = MedmomError(f"{case.images[0]}: memory is too small for it. Crop the image.")
-        elif not isinstance(error, MedmomError):
-            fault = MedmomError(f"{case.images[0]}: {error}. Check the disk.")
+        fault = fault_of(case, error)
         if self.is_only:
             raise fault from error
         return Outcome(case, None, str(fault)), None

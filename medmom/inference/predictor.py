@@ -30,7 +30,7 @@ from medmom.inference.kinds import check_kind
 from medmom.inference.memory import plan_stream, step_down
 from medmom.inference.restore import Restorer
 from medmom.inference.statistics import label_statistics
-from medmom.inference.stream import StreamPlan, stream_logits, window_starts
+from medmom.inference.stream import StreamPlan, num_windows, stream_logits
 from medmom.labels import Labels
 from medmom.models.sizes import times
 from medmom.package import Package, load_package
@@ -239,7 +239,7 @@ class Predictor:
         body = None
         if self.settings.skip_air:
             body = body_mask(working.image, self.package.preparation, working.geometry.spacing)
-        total = math.prod(map(len, window_starts(working.geometry.shape, plan.patch, plan.overlap)))
+        total = num_windows(working.geometry.shape, plan.patch, plan.overlap)
         started, restoring = time.monotonic(), 0.0
         with (
             torch.inference_mode(),

@@ -67,6 +67,11 @@ def window_starts(shape: Sequence[int], patch: Sequence[int], overlap: float) ->
     return starts
 
 
+def num_windows(shape: Sequence[int], patch: Sequence[int], overlap: float) -> int:
+    """Counts the windows over an image of this shape (X, Y, Z)."""
+    return math.prod(map(len, window_starts(shape, patch, overlap)))
+
+
 def window_edges(patch: Sequence[int]) -> tuple[int, ...]:
     """Gives the voxels of a window along three axes: one of two edges is a slice thick."""
     return (*patch, 1) if len(patch) == 2 else tuple(patch)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -25,11 +24,3 @@ def sliding_window(patch: Sequence[int], *, overlap: float = 0.5, batch_size: in
     """
     kind = partial(SliceInferer, spatial_dim=2) if len(patch) == 2 else SlidingWindowInferer
     return kind(roi_size=tuple(patch), sw_batch_size=batch_size, overlap=overlap, mode="gaussian", progress=False)
-
-
-def num_windows(shape: Sequence[int], patch: Sequence[int], *, overlap: float = 0.5) -> int:
-    """Counts the windows of ``sliding_window`` over an image of this shape (X, Y, Z)."""
-    patch = (*patch, 1) if len(patch) == 2 else patch
-    steps = [1 if size == edge else max(1, int(edge * (1 - overlap))) for size, edge in zip(shape, patch, strict=True)]
-    over = [max(0, size - edge) for size, edge in zip(shape, patch, strict=True)]
-    return math.prod(-(-more // step) + 1 for more, step in zip(over, steps, strict=True))
