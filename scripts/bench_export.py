@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_export_ways import WAYS, Problem, Way
-from bench_page import Formatter, device_name, reason, table, write_page
+from bench_page import Formatter, page_head, reason, table, write_page
 from scipy.ndimage import find_objects, gaussian_filter
 from scipy.spatial import cKDTree
 
@@ -29,8 +29,7 @@ medmom reads them from the file in slabs, as its prediction hands them on. Extra
 above what the process held before, the logits that it was given not counted, the label map counted.
 A way that would need more than --limit by the formula in the table is not run.
 
-  python scripts/bench_export.py                                        # 3, 25 and 104 classes, many minutes
-  python scripts/bench_export.py --tall --peer-python peers/bin/python  # 25 classes on 512x512x824
+  python scripts/bench_export.py --tall --peer-python peers/bin/python  # many minutes
   python scripts/bench_export.py --small                                # seconds
 """
 
@@ -45,6 +44,16 @@ GIB = 2**30
 MARGIN, BLUR, NOISE = 14.0, 1.2, 0.3
 """Of the logits: what a sure class is above the others, voxels of its edge, standard deviation."""
 
+
+Shape = tuple[int, int, int]
+
+SMALL: tuple[Shape, Shape] = (26, 21, 12), (48, 40, 12)
+USUAL: tuple[Shape, Shape] = (273, 273, 280), (512, 512, 280)
+TALL: tuple[Shape, Shape] = (263, 263, 549), (512, 512, 824)
+"""Shapes of the logits and of the scan."""
+
+PACKAGES = ("numpy", "scipy", "monai")
+"""Here; the others' versions stand beside their times."""
 
 # Logits
 
@@ -169,18 +178,18 @@ def _cells(result: dict[str, Any], first: dict[str, Any], path: Path, ours: Path
     return [f"{times}, version {result['version']}" if result is not first else times, memory, equal]
 
 
-def shapes(options: Namespace) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Of the logits and of the scan."""
+def problems(options: Namespace) -> list[tuple[int, Shape, Shape]]:
+    """Classes, shape of the logits and of the scan, of each section."""
     if options.small:
-        return (26, 21, 12), (48, 40, 12)
-    return ((263, 263, 549), (512, 512, 824)) if options.tall else ((273, 273, 280), (512, 512, 280))
+        return [(num_classes, *SMALL) for num_classes in options.classes or [3]]
+    usual = [(num_classes, *USUAL) for num_classes in options.classes or [3, 25, 104]]
+    return [*usual, (25, *TALL)] if options.tall else usual
 
 
 def bench(options: Namespace) -> list[str]:
-    """Sections of the page, one for each number of classes."""
+    """Sections of the page."""
     parts = []
-    working, own = shapes(options)
-    for num_classes in options.classes or ([3] if options.small else [25] if options.tall else [3, 25, 104]):
+    for num_classes, working, own in problems(options):
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             folder = Path(name)
             problem = Problem(str(folder / "logits.bin"), num_classes, working, own, 1.5, options.threads)
@@ -201,8 +210,8 @@ def size_gib(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the comparison, or in its processes one way."""
     parser = ArgumentParser(description=DESCRIPTION, formatter_class=Formatter)
-    parser.add_argument("--classes", type=int, nargs="+", help="numbers of classes; 3, 25, 104 or what the size asks")
-    parser.add_argument("--tall", action="store_true", help="512x512x824 with 25 classes")
+    parser.add_argument("--classes", type=int, nargs="+", help="numbers of classes (3, 25, 104)")
+    parser.add_argument("--tall", action="store_true", help="besides, 25 classes on 512x512x824")
     parser.add_argument("--small", action="store_true", help="a size for tests")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="besides medmom")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the other packages")
@@ -220,10 +229,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     needs = [[way.title, way.formula] for way in WAYS.values() if way.formula]
     what = WHAT.format(limit=options.limit, threads=options.threads)
-    parts = [f"# Export of logits\n\n{device_name(torch.device('cpu'))}.", what, *bench(options)]
+    options.device, options.amp = torch.device("cpu"), "off"
+    head = page_head("Export of logits", "bench_export.py", sys.argv[1:] if argv is None else argv, options, PACKAGES)
+    parts = [head, what, *bench(options)]
     parts += ["## What the others need, in bytes", table(["way", "sum"], needs)]
     print("\n\n".join(parts))
-    print(write_page(options.out, "tall_export" if options.tall else "export", parts), file=sys.stderr)
+    print(write_page(options.out, "export", parts), file=sys.stderr)
 
 
 def _tupled(value: Any) -> Any:
