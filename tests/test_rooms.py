@@ -39,6 +39,7 @@ FLOORS = {
     "medmom.export": 4,
     "medmom.jobs": 4,
     "medmom.monitor": 4,
+    "medmom.nnunet": 4,
     "medmom.network": 4,
     "medmom.sheet": 4,
     "medmom.step_cost": 4,
