@@ -106,8 +106,9 @@ def predict(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _segment(options: argparse.Namespace) -> int:
+    from medmom.inference.extras import Wanted
     from medmom.inference.memory import parse_size
-    from medmom.inference.predict import Wanted, predict
+    from medmom.inference.predict import predict
     from medmom.inference.predictor import Settings
 
     settings = Settings(

@@ -15,11 +15,13 @@ from tiny import LABELS, save_image
 from medmom.data.casefiles import CaseFiles
 from medmom.data.files import Volume, read_image
 from medmom.errors import MedmomError
+from medmom.inference.extras import Wanted
 from medmom.inference.manifest import file_sha256
 from medmom.inference.outputs import claimed, plan_outputs, sidecar_path, sweep, write_prediction
 from medmom.inference.ranks import Ranks
 
 ABOUT: dict[str, Any] = {"labels": {}, "model": {"checksum": "abc"}, "seconds": {"read": 1.5}}
+ALL = Wanted(preview=True, probabilities="uint8")
 
 
 def case(folder: Path, name: str) -> CaseFiles:
@@ -44,7 +46,7 @@ def files(folder: Path) -> list[str]:
 
 def test_each_case_has_files_of_its_name(tmp_path: Path) -> None:
     cases = [case(tmp_path, "a.nii.gz"), case(tmp_path, "b.png")]
-    outputs = plan_outputs(cases, tmp_path / "out", preview=True, probabilities=["background", "left lung"])
+    outputs = plan_outputs(cases, tmp_path / "out", wanted=ALL, classes=["background", "left lung"])
     assert [[path.name for path in outputs.also(k)] for k in range(2)] == [
         ["a_preview.png", "a_background.nii.gz", "a_left_lung.nii.gz"],
         ["b_preview.png", "b_background.png", "b_left_lung.png"],
@@ -54,7 +56,7 @@ def test_each_case_has_files_of_its_name(tmp_path: Path) -> None:
 
 
 def test_one_file_has_its_others_beside_it(tmp_path: Path) -> None:
-    outputs = plan_outputs([case(tmp_path, "a.nii.gz")], tmp_path / "x.nii.gz", preview=True, probabilities=["liver"])
+    outputs = plan_outputs([case(tmp_path, "a.nii.gz")], tmp_path / "x.nii.gz", wanted=ALL, classes=["liver"])
     assert outputs.also(0) == (tmp_path / "x_preview.png", tmp_path / "x_liver.nii.gz")
     assert outputs.listing is None
     assert outputs.manifest(Ranks()) is None
@@ -80,8 +82,8 @@ def test_case_named_like_a_file_of_the_folder_is_refused(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("names", "options", "file"),
     [
-        (("a.png", "a_preview.png"), {"preview": True}, "a_preview.png"),
-        (("a_liver.nii.gz", "a.nii.gz"), {"probabilities": ["liver"]}, "a_liver.nii.gz"),
+        (("a.png", "a_preview.png"), {"wanted": Wanted(preview=True)}, "a_preview.png"),
+        (("a_liver.nii.gz", "a.nii.gz"), {"wanted": ALL, "classes": ["liver"]}, "a_liver.nii.gz"),
     ],
 )
 def test_two_cases_that_would_write_one_file_are_refused(
@@ -100,7 +102,7 @@ def test_file_of_somebody_else_is_not_replaced(name: str, tmp_path: Path) -> Non
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text('{"cases": []}')
     with pytest.raises(MedmomError, match=rf"{name}: exists and was not written by medmom predict\. Move it"):
-        plan_outputs([case(tmp_path, "a.nii.gz")], tmp_path / "out", preview=True, probabilities=["liver"])
+        plan_outputs([case(tmp_path, "a.nii.gz")], tmp_path / "out", wanted=ALL, classes=["liver"])
 
 
 def test_files_of_an_earlier_predict_are_replaced(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_files_of_an_earlier_predict_are_replaced(tmp_path: Path) -> None:
     for name in ("a.json", "cases.json"):
         (out / name).write_text(json.dumps(ABOUT))
     (out / "run.json").write_text(json.dumps({"call": "", "settings": {}, "model": {}, "cases": []}))
-    plan_outputs([case(tmp_path, "a.nii.gz")], out, preview=True, probabilities=["liver"])
+    plan_outputs([case(tmp_path, "a.nii.gz")], out, wanted=ALL, classes=["liver"])
 
 
 @pytest.mark.parametrize("link", ["a_preview.png", "a_liver.nii.gz", "a.json", "statistics.csv", "run.json"])
@@ -121,7 +123,7 @@ def test_no_output_replaces_an_input(link: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / link).hardlink_to(given.images[0])
     with pytest.raises(MedmomError, match=rf"{link}: the output would replace the input .*a\.nii\.gz"):
-        plan_outputs([given], tmp_path / "out", preview=True, probabilities=["liver"])
+        plan_outputs([given], tmp_path / "out", wanted=ALL, classes=["liver"])
 
 
 # What is written
@@ -143,7 +145,7 @@ def test_place_is_ours_before_any_file_is_visible(image: Volume, tmp_path: Path)
         told = json.loads(sidecar_path(path).read_text())
         assert "prediction_sha256" not in told
         preview.touch()
-        plan_outputs([case(tmp_path / "in", "a.nii.gz")], tmp_path / "out", preview=True)
+        plan_outputs([case(tmp_path / "in", "a.nii.gz")], tmp_path / "out", wanted=Wanted(preview=True))
         write_prediction(path, label_of(image), LABELS, image, ABOUT, also=[preview])
     assert files(tmp_path / "out") == ["a.json", "a.nii.gz", "a_preview.png"]
 
@@ -201,3 +203,14 @@ def test_only_our_old_unfinished_files_are_swept(tmp_path: Path) -> None:
     assert sorted(path.name for path in sweep(tmp_path)) == sorted(ours)
     assert files(tmp_path) == sorted([*others, f".{'2c' * 8}.part", f".{'3d' * 8}.part"])
     assert sweep(tmp_path / "absent") == []
+
+
+def test_class_named_like_another_file_of_its_case_is_refused(tmp_path: Path) -> None:
+    wanted = Wanted(entropy=True, probabilities="uint8")
+    with pytest.raises(MedmomError, match=r"a_entropy\.nii\.gz: the probabilities of the class 'Entropy' too\. Rename"):
+        plan_outputs([case(tmp_path, "a.nii.gz")], tmp_path / "out", wanted=wanted, classes=["Entropy"])
+    # A picture of three planes has another suffix than the probabilities of a volume.
+    wanted = Wanted(preview=True, probabilities="uint8")
+    plan_outputs([case(tmp_path, "a.nii.gz")], tmp_path / "out", wanted=wanted, classes=["preview"])
+    with pytest.raises(MedmomError, match=r"b_preview\.png: the probabilities of the class 'preview' too"):
+        plan_outputs([case(tmp_path, "b.png")], tmp_path / "out", wanted=wanted, classes=["preview"])

@@ -14,6 +14,7 @@ import numpy as np
 from medmom.data.case import CaseFiles
 from medmom.data.files import Volume, is_picture, read_json, stem, write_json, write_label
 from medmom.errors import MedmomError
+from medmom.inference.extras import Extras, Wanted
 from medmom.inference.manifest import file_sha256
 from medmom.inference.output_checks import (
     check_folder,
@@ -22,7 +23,6 @@ from medmom.inference.output_checks import (
     check_kind_of_file,
     check_names_differ,
 )
-from medmom.inference.probability_files import probability_path
 from medmom.inference.ranks import Ranks
 from medmom.labels import Labels
 
@@ -46,18 +46,16 @@ class Outputs:
     Attributes:
         predictions: One path a case.
         listing: Path of the list of cases; None where the output is one file.
-        previews: One path a case; empty where none are asked for.
-        probabilities: Paths of each case, one a class; empty where none are asked for.
+        extras: What each case gets beside label map and sidecar.
     """
 
     predictions: tuple[Path, ...]
     listing: Path | None
-    previews: tuple[Path, ...] = ()
-    probabilities: tuple[tuple[Path, ...], ...] = ()
+    extras: tuple[Extras, ...]
 
     def also(self, index: int) -> tuple[Path, ...]:
         """Gives what a case gets beside label map and sidecar."""
-        return (*self.previews[index : index + 1], *(self.probabilities[index] if self.probabilities else ()))
+        return self.extras[index].paths
 
     def manifest(self, ranks: Ranks) -> Path | None:
         """Gives the path of what a process tells of its run; None where the output is one file."""
@@ -70,8 +68,8 @@ def plan_outputs(
     cases: Sequence[CaseFiles],
     out: Path,
     *,
-    preview: bool = False,
-    probabilities: Sequence[str] = (),
+    wanted: Wanted | None = None,
+    classes: Sequence[str] = (),
     ranks: Ranks | None = None,
 ) -> Outputs:
     """Decides where predictions go, and refuses before any work what could not, or must not, be written.
@@ -82,8 +80,8 @@ def plan_outputs(
     Args:
         cases: What is to be predicted.
         out: A file for one case (``.nii`` or ``.nii.gz``, ``.png`` for a picture), else a folder.
-        preview: Whether each case gets a picture ``<case>_preview.png``.
-        probabilities: Classes, in the order of the channels, that each case gets a file of probabilities for.
+        wanted: What each case gets besides; None: nothing.
+        classes: Names of the model's, by channel.
         ranks: The place of this process; None: it is alone.
 
     Returns:
@@ -94,7 +92,7 @@ def plan_outputs(
             would have one name, or one would replace an input or anything else that predict did not write.
     """
     try:
-        outputs, ranks = _plan(cases, out, preview, probabilities), ranks or Ranks()
+        outputs, ranks = _plan(cases, out, wanted or Wanted(), classes), ranks or Ranks()
         owners = _owners(outputs, ranks)
         check_inputs_are_safe(owners, cases)
         for path, record in owners.items():
@@ -204,7 +202,7 @@ def _also(path: Path) -> list[Path]:
     return [path.with_name(name) for name in names if name.startswith(f"{stem(path)}_") and Path(name).name == name]
 
 
-def _plan(cases: Sequence[CaseFiles], out: Path, preview: bool, probabilities: Sequence[str]) -> Outputs:
+def _plan(cases: Sequence[CaseFiles], out: Path, wanted: Wanted, classes: Sequence[str]) -> Outputs:
     is_file = out.name.lower().endswith(FILE_SUFFIXES) and not out.is_dir()
     if is_file and len(cases) > 1:
         raise MedmomError(f"{out}: one file for {len(cases)} images. Name a folder.")
@@ -214,12 +212,8 @@ def _plan(cases: Sequence[CaseFiles], out: Path, preview: bool, probabilities: S
     else:
         check_folder(out, cases)
         predictions = tuple(out / f"{case.name}{_suffix(case)}" for case in cases)
-    outputs = Outputs(
-        predictions,
-        None if is_file else out / LIST,
-        tuple(path.with_name(f"{stem(path)}_preview.png") for path in predictions) if preview else (),
-        tuple(_probability_paths(path, probabilities) for path in predictions) if probabilities else (),
-    )
+    extras = tuple(wanted.extras(path, classes) for path in predictions)
+    outputs = Outputs(predictions, None if is_file else out / LIST, extras)
     named = zip(cases, predictions, strict=True)
     check_names_differ(
         (file, case)
@@ -227,10 +221,6 @@ def _plan(cases: Sequence[CaseFiles], out: Path, preview: bool, probabilities: S
         for file in (path, sidecar_path(path), *outputs.also(index))
     )
     return outputs
-
-
-def _probability_paths(path: Path, classes: Sequence[str]) -> tuple[Path, ...]:
-    return tuple(probability_path(path.parent, stem(path), name, is_picture=is_picture(path)) for name in classes)
 
 
 def _owners(outputs: Outputs, ranks: Ranks) -> dict[Path, Path]:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -17,6 +17,7 @@ from medmom.data.atomic import atomic_file
 from medmom.data.case import CaseFiles
 from medmom.data.files import stem
 from medmom.errors import MedmomError
+from medmom.inference.extras import Wanted
 from medmom.inference.faults import fault_of
 from medmom.inference.footprint import peak
 from medmom.inference.inputs import asks_for_validation, find_inputs, validation_cases
@@ -35,22 +36,6 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is written beside label maps, and what is left as it is.
-
-    Attributes:
-        preview: Whether each case gets a picture of three planes.
-        probabilities: Type of the steps in which the probability of each class is stored; None: not stored.
-        skip_existing: Whether cases are left out whose label maps are there, of the same images by content, the same
-            model and the same settings.
-    """
-
-    preview: bool = False
-    probabilities: Literal["uint8", "uint16"] | None = None
-    skip_existing: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +106,7 @@ def predict(
     is_validation = asks_for_validation(inputs, fold)
     num_channels = len(predictor.package.channels)
     cases = validation_cases(model) if is_validation else find_inputs(inputs, num_channels)
-    probabilities = predictor.labels.names if wanted.probabilities else ()
-    outputs = plan_outputs(cases, Path(out), preview=wanted.preview, probabilities=probabilities, ranks=ranks)
+    outputs = plan_outputs(cases, Path(out), wanted=wanted, classes=predictor.labels.names, ranks=ranks)
     is_only = len(cases) == 1 and ranks.world_size == 1
     road = _Road(predictor, cases, outputs, wanted, _about(model, predictor), is_only=is_only)
     sweep(outputs.predictions[0].parent)
@@ -212,7 +196,7 @@ class _Road:
         if not isinstance(case, _Segmented):
             return case
         files, path, also = self.cases[index], self.outputs.predictions[index], self.outputs.also(index)
-        found = case.prediction
+        found, extras = case.prediction, self.outputs.extras[index]
         try:
             # Whatever fails from here on, the files that were begun go with it.
             with case.begun:
@@ -223,8 +207,8 @@ class _Road:
                     "statistics": found.statistics,
                 }
                 with claimed(path, about, also=also):
-                    if self.wanted.preview:
-                        with atomic_file(self.outputs.previews[index]) as stream:
+                    if extras.preview is not None:
+                        with atomic_file(extras.preview) as stream:
                             stream.write(preview(found.label, found.image, found.labels))
                     told = write_prediction(path, found.label, found.labels, found.image, about, also=also)
         except (MedmomError, OSError, MemoryError) as error:
