@@ -119,16 +119,7 @@ def _segment(options: argparse.Namespace) -> int:
         max_vram=None if options.max_vram is None else parse_size(options.max_vram, option="--max-vram"),
     )
     wanted = Wanted(preview=options.preview, probabilities=options.probabilities, skip_existing=options.skip_existing)
-    outcomes, gathered = predict(
-        options.model,
-        options.inputs,
-        options.out,
-        device=options.device,
-        fold=options.fold,
-        quiet=options.quiet,
-        settings=settings,
-        wanted=wanted,
-    )
+    outcomes, gathered = predict(**_asked(options), settings=settings, wanted=wanted)
     num_skipped = sum(outcome.skipped for outcome in outcomes)
     there = f", {num_skipped} of them were there already" if num_skipped else ""
     _tell(outcomes, f"scans segmented{there}: {options.out}")
@@ -141,16 +132,13 @@ def _segment(options: argparse.Namespace) -> int:
 def _classify(options: argparse.Namespace) -> int:
     from medmom.inference.class_predict import predict_classes
 
-    outcomes = predict_classes(
-        options.model,
-        options.inputs,
-        options.out,
-        device=options.device,
-        fold=options.fold,
-        quiet=options.quiet,
-        explain=options.explain,
-    )
+    outcomes = predict_classes(**_asked(options), explain=options.explain)
     return _tell(outcomes, f"images classified: {options.out}")
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What predict is asked for with either kind of model."""
+    return {name: getattr(options, name) for name in ("model", "inputs", "out", "device", "fold", "quiet")}
 
 
 def _tell(outcomes: Sequence[Any], ending: str) -> int:
