@@ -20,6 +20,9 @@ VALIDATION_SHARE = 0.2
 MOST_EPOCHS, SHORTEST_EPOCH_S = 50, 6.0
 """Each epoch costs checkpoints and a validation, which are not worth it more often."""
 
+WARM_UP_SHARE = 0.2
+"""Share of the steps over which the learning rate may rise at most, however few fit into the time."""
+
 SPARE = 0.94
 """Share of the time that is planned with; the rest absorbs a machine that slows down a little."""
 

@@ -120,7 +120,8 @@ class TrainingRecipe:
         epochs: Number of epochs.
         steps_per_epoch: Optimizer steps in an epoch.
         max_minutes: Wall-clock time for everything; some steps are measured, and epochs and steps_per_epoch are
-            set so that the schedule ends in time. null: train for all epochs.
+            set so that the schedule ends in time, with a warm-up of a fifth of the steps at most. null: train for
+            all epochs.
         validate_every: Epochs between validations.
         picture_every: Validations between pictures of a validation case.
         keep: Weights of the model package: "last" owes nothing to the validation fold; "best" scored highest on it.

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from medmom.budget import epochs_in, measure_pace
+from medmom.budget import WARM_UP_SHARE, epochs_in, measure_pace
 from medmom.callbacks import AtomicCheckpoints, CurveFile
 from medmom.device import torch_device
 from medmom.errors import MedmomError
@@ -115,6 +115,7 @@ def _fit_to_time(job: Job, device: torch.device, started: float) -> None:
     logger.info("%.2f s a step: %d epochs of %d steps fit into the time.", pace.step_s, epochs, steps)
     written.set("training.epochs", epochs)
     written.set("training.steps_per_epoch", steps)
+    written.set("training.warmup_steps", min(recipe.training.warmup_steps, int(WARM_UP_SHARE * epochs * steps)))
     written.set("training.validate_every", 1)
     written.set("training.max_minutes", None)
 
