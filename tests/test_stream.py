@@ -68,7 +68,7 @@ def an_image(shape: Sequence[int], channels: int = 1, seed: int = 0) -> np.ndarr
     return np.random.default_rng(seed).normal(size=(channels, *shape)).astype(np.float32)
 
 
-def whole(network: nn.Module, image: np.ndarray, plan: StreamPlan, **options: Any) -> Tensor:
+def whole(network: nn.Module | Sequence[nn.Module], image: np.ndarray, plan: StreamPlan, **options: Any) -> Tensor:
     """All planes, joined."""
     parts = list(stream_logits(network, image, plan, device=CPU, **options))
     assert [place.start for place, _ in parts] == [0, *[place.stop for place, _ in parts[:-1]]]

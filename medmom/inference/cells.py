@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +20,9 @@ SAME_VOXEL = 1e-4
 
 TILE = 1 << 17
 """Numbers worked on at once, so that they stay in a core's cache."""
+
+Scores = Literal["logits", "probabilities"]
+"""What is interpolated; probabilities sum to 1 over the classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,12 +163,29 @@ class Cells:
             flat[self._voxels[part]] = logits.max(dim=1).indices.to(torch.uint8)
         return self._labels
 
-    def softmax(self, share: Tensor) -> Tensor:
-        """Gives class probabilities, float32 (K, rows, columns); the cells must have kept all logits."""
-        result = torch.empty(self._num_classes, self._labels.numel())
-        for part, logits in self._interpolated(share):
-            result[:, part] = logits.softmax(dim=1).T
-        return result.view(-1, *self._labels.shape)
+    def tell(
+        self, share: Tensor, scores: Scores, *, probabilities: Tensor | None = None, entropy: Tensor | None = None
+    ) -> None:
+        """Fills in what is wanted of every own voxel of a plane; the cells must have kept all logits.
+
+        Args:
+            share: Weights of the planes.
+            scores: What they hold.
+            probabilities: float32 (K, rows, columns), contiguous: the softmax of interpolated logits, or the
+                interpolated probabilities.
+            entropy: float32 (rows, columns), contiguous: that of these probabilities p, -sum p ln p / ln K, from 0
+                where one class is sure to 1 where all are equal; 0 of a single class.
+
+        Source:
+            Shannon 1948, doi:10.1002/j.1538-7305.1948.tb01338.x, section 6, over that of K equal chances.
+        """
+        largest = math.log(max(2, self._num_classes))
+        for part, values in self._interpolated(share):
+            found = values.softmax(dim=1) if scores == "logits" else values
+            if probabilities is not None:
+                probabilities.view(self._num_classes, -1)[:, part] = found.T
+            if entropy is not None:
+                entropy.view(-1)[part] = torch.special.entr(found).sum(dim=1).div_(largest).clamp_(0, 1)
 
     def _interpolated(self, share: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits (n, K) of the own voxels that need them, a tile at a time."""

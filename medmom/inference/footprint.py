@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medmom.inference.ensemble import Ensemble
 from medmom.inference.stream import window_logits
 
 if sys.platform != "win32":
@@ -51,7 +52,8 @@ def window_bytes(
     looked at, or the window does not fit on the GPU, a bound from the sizes of all layers' outputs.
 
     Args:
-        network: In evaluation mode, on ``device``.
+        network: In evaluation mode, on ``device``. The members of an ensemble run one after the other: the largest
+            counts.
         channels: Of the image.
         patch: Voxels of a window, two or three axes.
         device: Of the network.
@@ -122,7 +124,10 @@ def _on_cuda(network: nn.Module, window: Tensor, device: torch.device, mirrors: 
 
 @torch.inference_mode()
 def _bound(network: nn.Module, window: Tensor) -> int:
-    """Twice the bytes of all layers' outputs: as if all were kept, and each copied once."""
+    """Twice the bytes of all layers' outputs: as if all were kept, and each copied once; of the largest member."""
+    if isinstance(network, Ensemble):
+        members = zip(network.members, network.channels, strict=True)
+        return max(_bound(member, window[:, channels]) for member, channels in members)
     sizes: list[int] = []
 
     def note(_: nn.Module, __: Any, output: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,22 +27,21 @@ from medmom.device import torch_device
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 from medmom.inference.body import body_mask
+from medmom.inference.cells import Scores
 from medmom.inference.kinds import check_kind
+from medmom.inference.members import as_one, check_members, common_cleanup, mirror_axes, preparations
 from medmom.inference.memory import plan_stream, step_down
-from medmom.inference.restore import Restorer
+from medmom.inference.restore import Restorer, Sink
 from medmom.inference.statistics import label_statistics
 from medmom.inference.stream import StreamPlan, num_windows, stream_logits
 from medmom.labels import Labels
 from medmom.models.sizes import times
-from medmom.package import Package, load_package
+from medmom.package import load_package
 
 logger = logging.getLogger(__name__)
 
 MAX_VOXELS = 2**31
 """Largest working grid; a coarser image than the model was made for could ask for any size."""
-
-Probabilities = Callable[[slice, np.ndarray], None]
-"""Takes planes of the own grid and their probabilities, see ``Restorer``."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Settings:
 
     Attributes:
         overlap: Share of a window that the next one covers again, in [0, 1).
-        tta: Whether logits are averaged over mirror images (test-time augmentation), along the axes that were
-            mirrored in training; each axis doubles the time.
+        tta: Whether logits, of an ensemble probabilities, are averaged over mirror images (test-time augmentation),
+            along the axes that were mirrored in training; each axis doubles the time.
         skip_air: Whether windows of a CT in which there is no body are left out.
         max_ram: Bytes that the process may hold at most; None: what a plan without regard to it takes.
         max_vram: The same of the GPU.
@@ -78,11 +78,12 @@ class Given:
 
     Attributes:
         image: On its own grid.
-        working: On the working grid.
+        working: On the working grid; of models that scale intensities differently, as the first of them does.
         plan: How its windows run, and a line that tells it.
         seconds: That all took.
         again: Files to read it from again, where the budget of memory has no room for it meanwhile and ``image`` is
             without voxels; empty where it is kept.
+        also: The image of ``working`` as the other models scale it, shape (C, X, Y, Z) each.
     """
 
     image: Volume
@@ -90,6 +91,7 @@ class Given:
     plan: tuple[StreamPlan, str]
     seconds: float
     again: tuple[Path, ...] = ()
+    also: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,31 +132,60 @@ class Prediction:
 class Predictor:
     """Segments one image after the other, in bounded memory.
 
+    Several models are an ensemble: what one of them would blend as logits, they blend as the mean of their
+    probabilities, window by window, in the sums of one. The order in which they are given changes no bit of a label
+    map. A cleanup is done where all of them chose the same one; what validation cases asked for in the label maps of
+    one model says nothing about those of all.
+
     Args:
-        model: A run folder or model package.
+        model: A run folder or model package, or several.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
-        settings: How it is run.
+        settings: How it is run; test-time augmentation of an ensemble along the axes that all were mirrored along.
+
+    Attributes:
+        packages: The models, in the order given.
+        package: The first.
+        labels: Their classes.
+        cleanup: What is done to label maps; None: nothing.
+        mirrors: Axes along which windows are mirrored.
 
     Raises:
-        MedmomError: There is no sound model or no such device, or the model was trained without mirroring and
-            ``settings.tta`` asks for it.
+        MedmomError: There is no sound model or no such device, models do not go together (see ``check_members``), or
+            one was trained without mirroring and ``settings.tta`` asks for it.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "auto", settings: Settings | None = None) -> None:
+    def __init__(
+        self, model: str | Path | Sequence[str | Path], *, device: str = "auto", settings: Settings | None = None
+    ) -> None:
         self.settings = settings or Settings()
         self.device = torch_device(device)
-        self.package = load_package(model)
+        models = [model] if isinstance(model, str | Path) else model
+        self.packages = tuple(load_package(path) for path in models)
+        check_members(self.packages)
+        self.package = self.packages[0]
         self.labels = self.package.labels
-        self.mirrors = mirror_axes(self.package) if self.settings.tta else ()
-        self._network = self.package.network.to(self.device)
+        self.cleanup = common_cleanup(self.packages)
+        self.mirrors = mirror_axes(self.packages) if self.settings.tta else ()
+        # Sums of floats depend on their order a little.
+        members = sorted(self.packages, key=lambda package: package.checksum)
+        self._preparations = preparations(members)
+        self._network = as_one(members).to(self.device)
+
+    @property
+    def checksum(self) -> str:
+        """Of one model its package's; of several the sha256 over theirs, sorted and put together."""
+        checksums = sorted(package.checksum for package in self.packages)
+        return checksums[0] if len(checksums) == 1 else hashlib.sha256("".join(checksums).encode("ascii")).hexdigest()
 
     def choices(self) -> dict[str, Any]:
-        """Gives all that can change a label besides model and image, as plain types."""
+        """Gives all that can change a label besides model and image, as plain types; of an ensemble its members."""
+        checksums = sorted(package.checksum for package in self.packages)
         return {
             "overlap": self.settings.overlap,
             "mirrors": list(self.mirrors),
             "skip_air": self.settings.skip_air,
-            "cleanup": None if self.package.cleanup is None else self.package.cleanup.as_dict(),
+            "cleanup": None if self.cleanup is None else self.cleanup.as_dict(),
+            **({"ensemble": checksums} if len(checksums) > 1 else {}),
         }
 
     def __call__(self, image: Any, affine: np.ndarray | None = None, *, quiet: bool = False) -> Prediction:
@@ -193,23 +224,29 @@ class Predictor:
         # Before it is prepared: what that takes of the memory is part of the plan.
         plan, again = self._plan(image, paths)
         # The name is for the progress bar.
-        case = prepare(Case(stem(image.path), image.array, None, image.geometry, ()), self.package.preparation)
+        own = Case(stem(image.path), image.array, None, image.geometry, ())
+        case, *others = (prepare(own, preparation) for preparation in self._preparations)
         if again:
             image = replace(image, array=np.empty((len(image.array), 0, 0, 0), image.array.dtype))
-        return Given(image, case, plan, time.monotonic() - started, again)
+        also = tuple(other.image for other in others)
+        return Given(image, case, plan, time.monotonic() - started, again, also)
 
-    def segment(self, given: Given, *, quiet: bool = True, probabilities: Probabilities | None = None) -> Prediction:
+    def segment(
+        self, given: Given, *, quiet: bool = True, probabilities: Sink | None = None, entropy: Sink | None = None
+    ) -> Prediction:
         """Segments an image that was read.
 
         Windows run in order along one axis and are blended by a Gaussian; the logits of finished planes are brought
-        to the image's own grid at once, where the largest wins. Where the image is smaller than a window it is padded
-        with 0, the mean of a prepared image, as in training. What does not fit into the memory of the GPU is tried
-        once more with windows one at a time and their sums in RAM.
+        to the image's own grid at once, where the largest wins; of an ensemble, probabilities in their place. Where the
+        image is smaller than a window it is padded with 0, the mean of a prepared image, as in training. What does
+        not fit into the memory of the GPU is tried once more with windows one at a time and their sums in RAM.
 
         Args:
             given: What ``read`` gave.
             quiet: No progress bar.
-            probabilities: Takes the probabilities of all classes, plane by plane.
+            probabilities: Takes the probabilities of all classes, float32 (K, X, Y, Z), plane by plane: one axis
+                of the image's grid is cut to the place that is told with them (see ``Restorer``).
+            entropy: Takes in the same way the entropy of these probabilities, float32 (X, Y, Z), from 0 to 1.
 
         Raises:
             MedmomError: Memory does not suffice, or the network's output is not finite.
@@ -218,27 +255,27 @@ class Predictor:
         if not quiet:
             logger.info("%s", told)
         try:
-            return self._run(given, plan, quiet, probabilities)
+            return self._run(given, plan, quiet, probabilities=probabilities, entropy=entropy)
         except torch.OutOfMemoryError as error:
             smaller = step_down(plan)
-            if smaller is None or probabilities is not None:
+            # What a sink took cannot be taken back.
+            if smaller is None or probabilities is not None or entropy is not None:
                 raise self._too_large(given) from error
             logger.warning("%s: too large for the GPU; once more, one window at a time.", given.image.path)
         except MemoryError as error:
             raise self._too_large(given) from error
         try:
-            return self._run(given, smaller, quiet, None)
+            return self._run(given, smaller, quiet)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise self._too_large(given) from error
 
-    def _run(self, given: Given, plan: StreamPlan, quiet: bool, probabilities: Probabilities | None) -> Prediction:
+    def _run(self, given: Given, plan: StreamPlan, quiet: bool, **sinks: Sink | None) -> Prediction:
         working, own = given.working, given.image.geometry
-        restorer = Restorer(
-            working.geometry, own, self.labels.num_channels, axis=plan.axis, probabilities=probabilities
-        )
+        scores: Scores = "logits" if len(self.packages) == 1 else "probabilities"
+        restorer = Restorer(working.geometry, own, self.labels.num_channels, axis=plan.axis, scores=scores, **sinks)
         body = None
         if self.settings.skip_air:
-            body = body_mask(working.image, self.package.preparation, working.geometry.spacing)
+            body = body_mask(working.image, self._preparations[0], working.geometry.spacing)
         total = num_windows(working.geometry.shape, plan.patch, plan.overlap)
         started, restoring = time.monotonic(), 0.0
         with (
@@ -252,7 +289,7 @@ class Predictor:
             try:
                 for place, logits in stream_logits(
                     self._network,
-                    working.image,
+                    (working.image, *given.also) if given.also else working.image,
                     plan,
                     device=self.device,
                     mirrors=self.mirrors,
@@ -278,8 +315,7 @@ class Predictor:
         return Prediction(image, label, self.labels, names, {k: round(v, 3) for k, v in seconds.items()})
 
     def _cleaned(self, label: np.ndarray, own: Geometry) -> np.ndarray:
-        cleanup = self.package.cleanup
-        return label if cleanup is None else apply(label, own, self.labels, cleanup)
+        return label if self.cleanup is None else apply(label, own, self.labels, self.cleanup)
 
     def _plan(self, image: Volume, paths: tuple[Path, ...]) -> tuple[tuple[StreamPlan, str], tuple[Path, ...]]:
         """A plan that keeps the budget, and the files to read the image from again if it is let go of meanwhile."""
@@ -287,7 +323,7 @@ class Predictor:
         plan = partial(
             plan_stream,
             self._network,
-            (len(self.package.channels), *working.shape),
+            (len(self._preparations) * len(self.package.channels), *working.shape),
             image.geometry.reoriented(working.orientation).shape,
             self.package.patch,
             self.settings.overlap,
@@ -335,19 +371,3 @@ class Predictor:
             f"{given.image.path}: memory is too small for the {times(given.working.geometry.shape)} voxels of its "
             f"working grid. Crop the image{', or name --device cpu' if self.device.type == 'cuda' else ''}."
         )
-
-
-def mirror_axes(package: Package) -> tuple[int, ...]:
-    """Gives the axes of a window that were mirrored in training.
-
-    Raises:
-        MedmomError: There is none.
-    """
-    data = package.recipe.get("data", {})
-    axes = tuple(int(axis) for axis in data.get("mirror", ()) if axis < len(package.patch))
-    if not axes or not data.get("augment", True):
-        raise MedmomError(
-            f"{package.folder}: the model was trained without mirroring (data.mirror), and mirror images would mislead "
-            "it. Leave out --tta."
-        )
-    return axes

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -34,8 +34,8 @@ def probability_path(folder: str | Path, case: str, name: str, *, is_picture: bo
     return Path(folder) / f"{case}_{safe}{'.png' if is_picture else '.nii.gz'}"
 
 
-class ProbabilityFiles:
-    """Writes the probability of each class, background included, on the grid of an image; all files or none.
+class SlabFiles:
+    """Writes numbers from 0 to 1 for each voxel of an image, slab by slab, to several files; all of them or none.
 
     NIfTI has no float16. So whole steps are stored, with the step as scale factor in the header (``scl_slope``), which
     every reader of NIfTI applies: 1/255 in a byte, which is wrong by at most 1/510, or 1/65535 in two. Affine, codes,
@@ -46,35 +46,27 @@ class ProbabilityFiles:
     A context manager: files appear at its end, or not at all where an error leaves it.
 
     Args:
-        folder: Where; made if missing.
-        case: First part of the names, see ``probability_path``.
-        labels: The classes, by channel.
+        paths: Of the files, in one folder, which is made if missing.
         like: The image.
         kind: Type of the stored steps.
 
     Attributes:
-        paths: Where the file of each class will be, by channel.
-
-    Raises:
-        MedmomError: Two classes would have one file, which is so too where their names differ by case only.
+        paths: Where the files will be.
     """
 
-    def __init__(
-        self, folder: str | Path, case: str, labels: Labels, like: Volume, *, kind: Literal["uint8", "uint16"] = "uint8"
-    ) -> None:
-        self.paths = tuple(probability_path(folder, case, name, is_picture=like.is_picture) for name in labels.names)
-        _check_apart(self.paths, labels)
+    def __init__(self, paths: Sequence[Path], like: Volume, *, kind: Literal["uint8", "uint16"] = "uint8") -> None:
+        self.paths = tuple(paths)
         self._like, self._dtype = like, np.dtype(kind)
         self._highest = int(np.iinfo(self._dtype).max)
         token = secrets.token_hex(8)
         self._parts = [path.with_name(f".{token}_{channel}.part") for channel, path in enumerate(self.paths)]
-        self._waiting = Path(folder) / f".{token}.part"
+        self._waiting = self.paths[0].with_name(f".{token}.part")
         self._axis: int | None = None
         self._rises = True
         self._slabs: list[slice] = []
         self._packers: list[Any] = []
 
-    def __enter__(self) -> ProbabilityFiles:
+    def __enter__(self) -> Self:
         """Gives itself."""
         return self
 
@@ -92,13 +84,14 @@ class ProbabilityFiles:
 
         Args:
             place: Its place along the axis that is cut.
-            values: Probabilities, shape (K, X, Y, Z) with one axis cut to ``place``.
+            values: In [0, 1], shape (files, X, Y, Z) with one axis cut to ``place``; (X, Y, Z) of one file.
 
         Raises:
             MedmomError: The place cannot be written; nothing is left there.
             ValueError: The slab does not fit the grid, or is not the next one.
         """
         is_first = self._axis is None
+        values = values[None] if values.ndim == 3 else values
         self._check_slab(place, values)
         self._slabs.append(place)
         with self._on_disk(self.paths[0]):
@@ -106,8 +99,8 @@ class ProbabilityFiles:
                 self.paths[0].parent.mkdir(parents=True, exist_ok=True)
                 if self._axis == 2 and self._rises and not self._like.is_picture:
                     self._packers = [_packer() for _ in self.paths]
-            for channel, probability in enumerate(values):
-                steps = np.rint(probability.T * np.float32(self._highest)).astype(self._dtype).tobytes()
+            for channel, of_file in enumerate(values):
+                steps = np.rint(of_file.T * np.float32(self._highest)).astype(self._dtype).tobytes()
                 if self._packers:
                     head = self._header() if is_first else b""
                     _append(self._parts[channel], self._packers[channel].compress(head + steps))
@@ -222,6 +215,31 @@ class ProbabilityFiles:
         stream = io.BytesIO()
         header.write_to(stream)
         return stream.getvalue()
+
+
+class ProbabilityFiles(SlabFiles):
+    """Writes the probability of each class, background included, to a file of its own, see ``SlabFiles``.
+
+    Args:
+        folder: Where; made if missing.
+        case: First part of the names, see ``probability_path``.
+        labels: The classes, by channel.
+        like: The image.
+        kind: Type of the stored steps.
+
+    Attributes:
+        paths: Where the file of each class will be, by channel.
+
+    Raises:
+        MedmomError: Two classes would have one file, which is so too where their names differ by case only.
+    """
+
+    def __init__(
+        self, folder: str | Path, case: str, labels: Labels, like: Volume, *, kind: Literal["uint8", "uint16"] = "uint8"
+    ) -> None:
+        paths = [probability_path(folder, case, name, is_picture=like.is_picture) for name in labels.names]
+        _check_apart(paths, labels)
+        super().__init__(paths, like, kind=kind)
 
 
 def _check_apart(paths: Sequence[Path], labels: Labels) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from medmom.geometry import Geometry
-from medmom.inference.cells import TILE, Cells, Plane, PlaneRule, axis_rules
+from medmom.inference.cells import TILE, Cells, Plane, PlaneRule, Scores, axis_rules
 
 MAX_CLASSES = 256
 """As many as a label of one byte can tell apart."""
@@ -22,6 +23,9 @@ BLOCK = 1 << 23
 
 _Layer = tuple[int, Sequence[Plane | None]]
 """Number of a plane of the working grid; the plane before it, if there is one, and itself."""
+
+Sink = Callable[[slice, np.ndarray], None]
+"""Takes planes of the own grid and what is told of their voxels, see ``Restorer``."""
 
 
 class Restorer:
@@ -39,6 +43,10 @@ class Restorer:
         probabilities: Called for every plane of the own grid with its place along the own axis that belongs to
             ``axis``, and the softmax of the interpolated logits, float32 (K, *own.shape) with that axis cut to the
             place. Planes come in order; in falling order where that own axis points against ``axis``.
+        entropy: Called in the same way with the entropy of these probabilities over that of K equal ones, float32
+            (*own.shape, cut), from 0 (sure) to 1 (all classes equal).
+        scores: ``"probabilities"``: these come instead of logits, and are interpolated in their place; what is told
+            of them are they themselves, without a softmax.
 
     Attributes:
         confidence: After ``finish``: mean softmax probability of a class over the voxels of the working grid that
@@ -55,7 +63,9 @@ class Restorer:
         num_classes: int,
         *,
         axis: int,
-        probabilities: Callable[[slice, np.ndarray], None] | None = None,
+        probabilities: Sink | None = None,
+        entropy: Sink | None = None,
+        scores: Scores = "logits",
     ) -> None:
         if not 1 <= num_classes <= MAX_CLASSES:
             raise ValueError(f"{num_classes} classes: give 1 to {MAX_CLASSES}")
@@ -65,7 +75,7 @@ class Restorer:
         columns, rows = rules
         self._across = PlaneRule(rows, columns, working.shape)
         self._shape, self._num_classes, self._axis = working.shape, num_classes, axis
-        self._probabilities = probabilities
+        self._probabilities, self._entropy, self._scores = probabilities, entropy, scores
         # X runs fastest, as in a NIfTI file.
         self._label = np.zeros(own.shape, dtype=np.uint8, order="F")
         self._next = 0
@@ -116,7 +126,8 @@ class Restorer:
 
     def _take(self, logits: list[Tensor], pool: Executor) -> None:
         planes = []
-        for values, (winner, probability) in zip(logits, pool.map(_winners, logits), strict=True):
+        found = pool.map(partial(_winners, scores=self._scores), logits)
+        for values, (winner, probability) in zip(logits, found, strict=True):
             self._sums += np.bincount(winner, weights=probability, minlength=self._num_classes)
             self._counts += np.bincount(winner, minlength=self._num_classes)
             planes.append(Plane(values, self._across.turned(torch.from_numpy(winner))))
@@ -124,9 +135,9 @@ class Restorer:
         layers = [(self._next + i, known[i : i + 2]) for i in range(len(planes))]
         for _ in pool.map(self._fill, layers):
             pass
-        if self._probabilities is not None:
+        if self._probabilities is not None or self._entropy is not None:
             for layer in layers:
-                self._tell(layer, self._probabilities)
+                self._tell(layer)
         self._last, self._next = planes[-1], self._next + len(planes)
 
     def _corners(self, layer: _Layer) -> tuple[list[int], list[Plane]]:
@@ -145,15 +156,22 @@ class Restorer:
             label = self._label[tuple(index if axis == self._own_axis else slice(None) for axis in range(3))]
             label.T[...] = cells.labels(self._along.share[index]).numpy()
 
-    def _tell(self, layer: _Layer, told: Callable[[slice, np.ndarray], None]) -> None:
+    def _tell(self, layer: _Layer) -> None:
         indices, corners = self._corners(layer)
         if not indices:
             return
         cells = Cells(corners, self._across, everywhere=True)
         rises = bool(self._along.low[0] <= self._along.low[-1])
+        rows_columns = [n for axis, n in enumerate(self._label.shape) if axis != self._own_axis][::-1]
         for index in indices if rises else reversed(indices):
-            values = cells.softmax(self._along.share[index]).numpy().transpose(0, 2, 1)
-            told(slice(index, index + 1), np.expand_dims(values, 1 + self._own_axis))
+            place = slice(index, index + 1)
+            probabilities = None if self._probabilities is None else torch.empty(self._num_classes, *rows_columns)
+            entropy = None if self._entropy is None else torch.empty(rows_columns)
+            cells.tell(self._along.share[index], self._scores, probabilities=probabilities, entropy=entropy)
+            if self._probabilities is not None and probabilities is not None:
+                self._probabilities(place, np.expand_dims(probabilities.mT.numpy(), 1 + self._own_axis))
+            if self._entropy is not None and entropy is not None:
+                self._entropy(place, np.expand_dims(entropy.mT.numpy(), self._own_axis))
 
 
 @contextmanager
@@ -184,8 +202,8 @@ def _blocks(logits: Tensor, axis: int) -> Iterator[Tensor]:
         yield block if is_flat else block.contiguous()
 
 
-def _winners(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the largest class of each voxel, the smaller one of equal ones, and its softmax probability."""
+def _winners(logits: Tensor, *, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the largest class of each voxel, the smaller one of equal ones, and its probability."""
     num_classes, num_voxels = logits.shape
     if not all(map(torch.isfinite, logits.aminmax())):
         raise ValueError("logits are not finite")
@@ -198,5 +216,5 @@ def _winners(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
         tile = logits[:, part]
         best = tile.amax(dim=0)
         winner[part] = MAX_CLASSES - 1 - ((tile == best).view(torch.uint8) * rank).amax(dim=0)
-        probability[part] = (tile - best).exp_().sum(dim=0).reciprocal_()
+        probability[part] = (tile - best).exp_().sum(dim=0).reciprocal_() if scores == "logits" else best
     return winner.numpy(), probability.numpy()

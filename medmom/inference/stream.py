@@ -13,6 +13,7 @@ import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from torch import Tensor, nn
 
+from medmom.inference.ensemble import Ensemble
 from medmom.inference.ring import Ring
 
 CHUNK_BYTES = 32 * 2**20
@@ -20,6 +21,9 @@ CHUNK_BYTES = 32 * 2**20
 
 OUTSIDE = (0.0, -10.0)
 """Logits of channel 0 and of all others outside the body."""
+
+SURELY_OUTSIDE = (1.0, 0.0)
+"""Their probabilities."""
 
 SIGMA = 0.125
 """Standard deviation of the Gaussian weights, in edges of a window."""
@@ -111,8 +115,8 @@ def planes_at_once(num_classes: int, shape: Sequence[int], axis: int) -> int:
 
 
 def stream_logits(
-    network: nn.Module,
-    image: np.ndarray,
+    network: nn.Module | Sequence[nn.Module],
+    image: np.ndarray | Sequence[np.ndarray],
     plan: StreamPlan,
     *,
     device: torch.device,
@@ -126,36 +130,42 @@ def stream_logits(
     row's start: they are divided by their summed weights and leave. The sums lie in a ring of one window's edge. The
     order of additions is fixed, so that a voxel's logits do not depend on how planes are cut.
 
+    Of an ensemble probabilities take the place of logits, in the same sums: of each window the mean over members and
+    mirrored passes of softmax(logits). They are kept from rounding above 1.
+
     Windows in which every channel is constant differ by these constants alone: of a row, those with the same
     constants run once.
 
     In float16 each addition rounds to 11 bits. Weights are scaled by a power of two so that their sum W at a voxel is
-    1 at most, and no sum exceeds the largest absolute logit M of its windows. After n windows over a voxel::
+    1 at most, and no sum exceeds the largest absolute logit M of its windows (of probabilities M = 1). After n windows
+    over a voxel::
 
         |error| <= (1 + u)^n * (n u M + n 2^-25 / W),    u = 2^-11
 
     where the second term is the rounding of sums below 2^-14. W is 10^-3 times that power of two at least.
 
     Args:
-        network: In evaluation mode, on ``device``; gives one tensor of the window's size.
+        network: In evaluation mode, on ``device``; gives one tensor of the window's size. Several, or an
+            ``Ensemble``: an ensemble, of one member too.
         image: float32 (C, X, Y, Z) on the working grid; windows are cut from it one by one. Where it is smaller than
-            a window it is padded with 0 on both sides.
+            a window it is padded with 0 on both sides. Several of one grid: the channels of all, in this order.
         plan: How they run.
         device: Of the network.
         mirrors: Axes of the working grid; logits are the mean over all mirrored passes of a window.
         body: bool (X, Y, Z); windows without a voxel of it are not run. In the body nothing changes, for all windows
-            over its voxels run; outside logits are 0 for channel 0 and -10 for the others.
+            over its voxels run; outside logits are 0 for channel 0 and -10 for the others, probabilities 1 and 0.
         advance: Told how many windows are settled since it was last told, skipped ones counted.
 
     Yields:
-        Planes along ``plan.axis``, and their logits (K, X, Y, Z with that axis cut to these planes), float32 on the
-        CPU; every plane once, in order.
+        Planes along ``plan.axis``, and their logits, of an ensemble probabilities (K, X, Y, Z with that axis cut to
+        these planes), float32 on the CPU; every plane once, in order.
 
     Raises:
         FloatingPointError: The network's output is not finite.
         OverflowError: A logit is too large for float16 sums; take float32.
         ValueError: See ``window_logits``.
     """
+    network = network if isinstance(network, nn.Module) else Ensemble(network)
     windows = _Windows(image, plan, body)
     ring: Ring | None = None
     rows = windows.starts[plan.axis]
@@ -175,15 +185,19 @@ def stream_logits(
         if ring is not None:
             stop = rows[row + 1] if row + 1 < len(rows) else windows.padded[plan.axis]
             for place, planes in ring.leave(start, stop):
-                yield place, windows.in_body(place, planes)
+                if isinstance(network, Ensemble):
+                    yield place, windows.in_body(place, planes.clamp_(max=1), SURELY_OUTSIDE)
+                else:
+                    yield place, windows.in_body(place, planes, OUTSIDE)
 
 
 class _Windows:
     """The windows of an image: where they lie, and which need not run."""
 
-    def __init__(self, image: np.ndarray, plan: StreamPlan, body: np.ndarray | None) -> None:
-        self.image, self.body, self.axis = image, body, plan.axis
-        self.shape = image.shape[1:]
+    def __init__(self, image: np.ndarray | Sequence[np.ndarray], plan: StreamPlan, body: np.ndarray | None) -> None:
+        self.images = (image,) if isinstance(image, np.ndarray) else tuple(image)
+        self.body, self.axis = body, plan.axis
+        self.shape = self.images[0].shape[1:]
         self.edges = window_edges(plan.patch)
         self.starts = window_starts(self.shape, plan.patch, plan.overlap)
         self.padded = tuple(max(size, edge) for size, edge in zip(self.shape, self.edges, strict=True))
@@ -204,14 +218,14 @@ class _Windows:
             jobs.setdefault(key, []).append(corner)
         return list(jobs.values()), num_skipped
 
-    def in_body(self, place: slice, planes: Tensor) -> Tensor:
-        """The planes, background outside the body."""
+    def in_body(self, place: slice, planes: Tensor, outside: tuple[float, float]) -> Tensor:
+        """The planes; outside the body the values ``outside`` of channel 0 and of all others."""
         if self.body is not None:
             cut: list[Any] = [slice(None)] * 3
             cut[self.axis] = place
-            outside = torch.from_numpy(~self.body[tuple(cut)])
-            planes[0].masked_fill_(outside, OUTSIDE[0])
-            planes[1:].masked_fill_(outside, OUTSIDE[1])
+            is_outside = torch.from_numpy(~self.body[tuple(cut)])
+            planes[0].masked_fill_(is_outside, outside[0])
+            planes[1:].masked_fill_(is_outside, outside[1])
         return planes
 
     def stacked(self, corners: Sequence[Sequence[Corner]]) -> Tensor:
@@ -229,10 +243,11 @@ class _Windows:
 
     def _cut(self, corner: Corner) -> np.ndarray:
         place, inside = self._inside(corner)
-        found = self.image[(slice(None), *place)]
+        parts = [image[(slice(None), *place)] for image in self.images]
+        found = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if found.shape[1:] == self.edges:
             return found
-        window = np.zeros((len(self.image), *self.edges), dtype=np.float32)
+        window = np.zeros((len(found), *self.edges), dtype=np.float32)
         window[(slice(None), *inside)] = found
         return window
 
