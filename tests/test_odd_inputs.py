@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medmom.data.files import is_image, read_geometry, read_image, read_images, read_label
+from medmom.data.files import read_geometry, read_image, read_images, read_label
 from medmom.errors import MedmomError
 from medmom.labels import Labels
 
@@ -24,6 +24,7 @@ READ = {
     "derived/qform_sform_both_zero.nii.gz",
     "derived/not_gzipped.nii.gz",
     "derived/gzipped.nii",
+    "dicom/two-slices-only",
 }
 REFUSED = {
     "formats/shear.nii.gz": "not at right angles",
@@ -34,7 +35,6 @@ REFUSED = {
     "formats/tiny.mnc": "Convert it to NIfTI",
     "formats/minc2_baddim.mnc": "Convert it to NIfTI",
     "formats/phantom_EPI_asc_CLEAR_2_1.PAR": "Convert it to NIfTI",
-    "dicom/two-slices-only": "a folder",
     "derived/zeros.nii.gz": "every voxel is 0",
     "derived/constant.nii.gz": "every voxel is 7",
     "derived/zero_pixdim.nii.gz": "voxel edges of 1 x 1 x 0 mm",
@@ -61,10 +61,14 @@ def entries(*expected: str) -> list[Any]:
         return [row["path"] for row in csv.DictReader(stream) if row["expect"] in expected]
 
 
+def is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz", ".hdr", ".hdr.gz"))
+
+
 def assert_read_like_nibabel(path: Path) -> None:
     volume = read_image(path)
     assert volume.array.dtype == np.float32
-    if is_image(path) and path.name not in ("not_gzipped.nii.gz", "gzipped.nii"):
+    if is_nifti(path) and path.name not in ("not_gzipped.nii.gz", "gzipped.nii"):
         twin = nib.load(path)
         data = np.asarray(twin.dataobj, dtype=np.float32).reshape(volume.geometry.shape)
         np.testing.assert_allclose(volume.array[0], data, rtol=1e-6)
@@ -87,12 +91,68 @@ def test_unusual_image_is_read_as_nibabel_reads_it(path: str) -> None:
     assert_read_like_nibabel(FOLDER / path)
 
 
-@pytest.mark.parametrize("path", entries("refuse", "extra"))
+@pytest.mark.parametrize("path", entries("refuse"))
 def test_image_that_is_not_usable_is_refused(path: str) -> None:
     if path in CHANNELS:
         assert len(read_image(FOLDER / path).array) == CHANNELS[path]
     else:
         assert_refused(FOLDER / path)
+
+
+# Size, orientation, spacing (mm) and range of what the optional readers give.
+OPTIONAL = {
+    "formats/FLAIR.nrrd": ((124, 160, 140), "RAS", (1, 1, 1), (0, 255)),
+    "formats/mha.mha": ((64, 64, 37), "LAS", (3.4375, 3.4375, 3.8), (0, 6690)),
+    "formats/enh.dcm": ((64, 64, 6), "LPS", (3.375, 3.375, 2.4), (0, 1195)),
+    "dicom/rle": ((256, 256, 4), "PIR", (1, 1, 1), (0, 254)),
+    "dicom/jpeg2000": ((256, 256, 4), "PIR", (1, 1, 1), (0, 254)),
+    "dicom/oblique-anisotropic": ((64, 28, 4), "LPS", (6.39996, 4, 0.5), (33.4438, 96.468)),
+    "dicom/hitachi-oblique": ((64, 64, 4), "PIR", (2.34375, 2.34375, 4), (0, 1537)),
+    "dicom/hyperfine-multiframe": ((112, 138, 8), "LPS", (1.59, 1.61, 5), (0, 254)),
+    "dicom/ts-ct-series": ((512, 512, 20), "LPS", (0.976562, 0.976562, 2), (-1024, 1839)),
+    "dicom/dcmqi-ct-3slice": ((512, 512, 3), "LPS", (0.810547, 0.810547, 1), (-3024, 1381)),
+    "dicom/mr-hippocampus-crop-1": ((35, 51, 32), "LPS", (1, 1, 1), (2, 154)),
+    "dicom/mr-hippocampus-crop-2": ((36, 48, 35), "LPS", (1, 1, 1), (0, 5076)),
+    "dicom/mr-hippocampus-crop-3": ((34, 50, 40), "LPS", (1, 1, 1), (2, 194)),
+}
+
+
+@pytest.mark.parametrize("path", entries("extra"))
+def test_image_of_an_optional_reader_is_read(path: str) -> None:
+    volume = read_images([FOLDER / path], compact=True)
+    shape, orientation, spacing, ends = OPTIONAL[path]
+    assert (volume.geometry.shape, volume.geometry.orientation) == (shape, orientation)
+    np.testing.assert_allclose(volume.geometry.spacing, spacing, rtol=1e-5)
+    np.testing.assert_allclose((volume.array.min(), volume.array.max()), ends, rtol=1e-5)
+    assert volume.array.dtype.itemsize <= 2 or path in ("dicom/oblique-anisotropic", "formats/mha.mha")
+
+
+@pytest.mark.parametrize(
+    ("series", "converted"),
+    [
+        ("oblique-anisotropic", "generic_002_non_isotropic_ground_truth"),
+        ("hitachi-oblique", "hitachi_001_ground_truth"),
+    ],
+)
+def test_series_agrees_with_its_known_conversion(series: str, converted: str, shared_data: Path) -> None:
+    folder = shared_data / "odd-inputs" / "dicom"
+    ours = nib.as_closest_canonical(_as_nibabel(folder / series))
+    theirs = nib.as_closest_canonical(nib.load(folder / "ground-truth" / f"{converted}.nii.gz"))
+    # A step of five decimals, and single precision in the file.
+    np.testing.assert_allclose(ours.affine, theirs.affine, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(ours.get_fdata(), theirs.get_fdata(), rtol=1e-6)
+
+
+def test_series_lies_on_the_grid_of_the_label_made_from_it(shared_data: Path) -> None:
+    folder = shared_data / "odd-inputs" / "dicom"
+    label = read_geometry(folder / "ts-ct-series-label" / "example_seg_dicom.nii.gz")
+    assert read_geometry(folder / "ts-ct-series").reoriented().is_close(label.reoriented(), tolerance=1e-4)
+
+
+def test_lossless_compressions_of_one_series_agree(shared_data: Path) -> None:
+    folder = shared_data / "odd-inputs" / "dicom"
+    one, other = read_image(folder / "rle"), read_image(folder / "jpeg2000")
+    np.testing.assert_array_equal(one.array, other.array)
 
 
 @pytest.mark.parametrize("path", entries("either"))
@@ -120,7 +180,7 @@ def test_companion_never_fails_without_a_line(path: str) -> None:
 
 @pytest.mark.parametrize("path", entries("reference"))
 def test_reference_in_nifti_is_read(path: str) -> None:
-    if is_image(path):
+    if is_nifti(FOLDER / path):
         read = read_label if "label" in path else read_image
         assert min(read(FOLDER / path).array.shape) >= 1
     else:

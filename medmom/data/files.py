@@ -10,11 +10,21 @@ from typing import Any
 import numpy as np
 
 from medmom.data.atomic import atomic_file, read_json, write_json, write_text
+from medmom.data.dicom import read_series, series_files, series_geometry
+from medmom.data.dicom_series import find_series, is_dicom, series_name, series_paths
 from medmom.data.header import spell_edges
+from medmom.data.itk import is_itk, itk_files, open_itk, read_itk, read_itk_label
 from medmom.data.masks import named_values, read_mask, write_mask
-from medmom.data.nifti import HEADER_SUFFIXES, SINGLE_SUFFIXES, open_nifti, suffix, write_label_voxels
+from medmom.data.nifti import (
+    HEADER_SUFFIXES,
+    SINGLE_SUFFIXES,
+    VOXEL_SUFFIXES,
+    open_nifti,
+    suffix,
+    write_label_voxels,
+)
 from medmom.data.pictures import is_picture, picture_channels, picture_geometry, read_picture
-from medmom.data.voxels import class_numbers, compact_intensities, intensities
+from medmom.data.voxels import class_numbers, compact_intensities, intensities, whole_numbers
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 from medmom.labels import Labels
@@ -24,14 +34,19 @@ __all__ = [
     "atomic_file",
     "check_contrast",
     "check_same_grid",
+    "content_files",
+    "find_series",
     "is_image",
     "is_picture",
+    "is_series",
     "picture_channels",
     "read_geometry",
     "read_image",
     "read_images",
     "read_json",
     "read_label",
+    "series_name",
+    "series_paths",
     "stem",
     "write_json",
     "write_label",
@@ -48,8 +63,11 @@ class Volume:
         array: An image: float32, or integers where it was read compact, shape (C, X, Y, Z). A label map: integers,
             shape (X, Y, Z).
         geometry: The grid.
-        header: nibabel's header, for the codes and units of a result on the same grid; None for a picture.
+        header: nibabel's header, for the codes and units of a result on the same grid; None for a picture. Of a file
+            that is not NIfTI it is made from the grid.
         bits: Bits of a channel in the file of a picture image; None for all else.
+        series: Of a DICOM series the file of each slice of the third axis; of a multi-frame file that file alone;
+            empty for all else.
     """
 
     path: Path
@@ -57,6 +75,7 @@ class Volume:
     geometry: Geometry
     header: Any
     bits: int | None = None
+    series: tuple[Path, ...] = ()
 
     @property
     def is_picture(self) -> bool:
@@ -65,19 +84,65 @@ class Volume:
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file name is one of an image; a pair counts once, by its ``.hdr``. Upper case counts too."""
-    return suffix(Path(path)) in SINGLE_SUFFIXES + HEADER_SUFFIXES or is_picture(path)
+    """Whether a file is one of an image: by its name, upper case too; a DICOM file without a suffix by its mark.
+
+    A pair counts once, by its ``.hdr``. A folder is none; the series in it are for ``find_series``.
+    """
+    path = Path(path)
+    return suffix(path) in SINGLE_SUFFIXES + HEADER_SUFFIXES or is_picture(path) or is_itk(path) or is_dicom(path)
+
+
+def is_series(path: str | Path) -> bool:
+    """Whether a path is read as DICOM series: a folder, or a DICOM file that no suffix says is something else."""
+    path = Path(path)
+    is_other = bool(suffix(path)) or is_picture(path) or is_itk(path)
+    try:
+        return path.is_dir() or (not is_other and path.is_file() and is_dicom(path))
+    except OSError:
+        # A name that the disk refuses: opening the file will say so.
+        return False
 
 
 def stem(path: str | Path) -> str:
-    """Gives the file name without its image suffix: ``case.v1.nii.gz`` is ``case.v1``."""
+    """Gives the file name without its image suffix: ``case.v1.nii.gz`` is ``case.v1``; of a folder the whole name."""
     path = Path(path)
-    return path.name[: -len(suffix(path))] if suffix(path) else path.stem
+    if suffix(path):
+        return path.name[: -len(suffix(path))]
+    try:
+        return path.name if path.is_dir() else path.stem
+    except OSError:
+        return path.stem
+
+
+def content_files(path: str | Path) -> list[Path]:
+    """Gives all files whose bytes make an image, by name.
+
+    Both halves of a NIfTI pair, header and voxels of a detached NRRD or MetaImage file, every file of a DICOM series;
+    for all else the file itself, whether it is there or not.
+
+    Raises:
+        MedmomError: The parts cannot be told, for a header is damaged or the optional reader is not installed.
+    """
+    path = Path(path)
+    if is_itk(path):
+        return itk_files(path)
+    if is_series(path):
+        return series_files(path)
+    pair = (*HEADER_SUFFIXES, *VOXEL_SUFFIXES)
+    if suffix(path) not in pair or not path.parent.is_dir():
+        return [path]
+    halves = [other for other in path.parent.iterdir() if suffix(other) in pair and stem(other) == stem(path)]
+    return sorted(halves) or [path]
 
 
 def read_geometry(path: str | Path) -> Geometry:
     """Reads the grid alone, from the header, with the checks of ``read_image`` on it."""
-    return picture_geometry(Path(path)) if is_picture(path) else open_nifti(Path(path)).geometry
+    path = Path(path)
+    if is_picture(path):
+        return picture_geometry(path)
+    if is_itk(path):
+        return open_itk(path).geometry
+    return series_geometry(path) if is_series(path) else open_nifti(path).geometry
 
 
 def read_image(path: str | Path) -> Volume:
@@ -87,6 +152,10 @@ def read_image(path: str | Path) -> Volume:
 
     NIfTI-1 and NIfTI-2, single files and pairs, either byte order, any integer or float type. Volumes
     along the fourth axis are channels; trailing axes of length 1 are dropped.
+
+    NRRD and MetaImage, attached or with the voxels in a file beside the header, raw or compressed (``open_itk``).
+    DICOM (``read_series``): a folder or any file of it stands for the whole series, a multi-frame file for itself. Both
+    need the extra ``medmom[dicom]``.
 
     What could be read either way is decided so:
         * The bytes, not the name, say whether a file is compressed: a plain file named ``.nii.gz`` and a
@@ -102,9 +171,11 @@ def read_image(path: str | Path) -> Volume:
         * Analyze 7.5: refused, it does not tell left from right. MGZ, AFNI, MINC, PAR/REC and every
           other format: refused.
         * Lengths in metres or micrometres: refused.
+        * DICOM slices at irregular gaps, missing, in one place, of mixed orientation: refused (``grid_of``). Two
+          slices, and one: read.
 
     Args:
-        path: The file; for a pair, either half.
+        path: The file; for a pair, either half; for a DICOM series its folder or any file of it.
 
     Returns:
         The volume, array of shape (C, X, Y, Z).
@@ -160,6 +231,12 @@ def read_label(path: str | Path, labels: Labels | None = None) -> Volume:
         stored = read_mask(path)
         stored = stored if labels is None else named_values(path, stored, labels)
         return Volume(path, stored, _pixel_grid(stored), None)
+    if is_itk(path):
+        itk = open_itk(path)
+        return Volume(path, read_itk_label(itk), itk.geometry, itk.header)
+    if is_series(path):
+        read = read_series(path, compact=True)
+        return Volume(path, whole_numbers(path, read.array[0]), read.geometry, read.header, series=read.files)
     file = open_nifti(path)
     return Volume(path, class_numbers(file), file.geometry, file.header)
 
@@ -230,6 +307,12 @@ def _read_channels(path: Path, *, compact: bool = False) -> Volume:
     if is_picture(path):
         array, bits = read_picture(path)
         return Volume(path, array, _pixel_grid(array), None, bits)
+    if is_itk(path):
+        itk = open_itk(path)
+        return Volume(path, read_itk(itk, compact=compact), itk.geometry, itk.header)
+    if is_series(path):
+        read = read_series(path, compact=compact)
+        return Volume(path, read.array, read.geometry, read.header, series=read.files)
     file = open_nifti(path)
     array = compact_intensities(file) if compact else intensities(file)
     return Volume(path, array, file.geometry, file.header)

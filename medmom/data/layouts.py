@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from medmom.data.dataset_json import Dataset, read_dataset
-from medmom.data.files import is_image, is_picture, picture_channels, stem
+from medmom.data.files import find_series, is_image, is_picture, is_series, picture_channels, series_name, stem
 from medmom.data.table import Table, read_table
 from medmom.errors import MedmomError
 from medmom.labels import Labels
@@ -230,16 +230,23 @@ def _has_images(path: Path) -> bool:
 def _by_stem(folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in _images(folder):
-        if stem(path) in files:
-            raise MedmomError(
-                f"{path}: {files[stem(path)].name} beside it has the same case name. Keep one of the two."
-            )
-        files[stem(path)] = path
+        name = series_name(path) if is_series(path) else stem(path)
+        if name in files:
+            raise MedmomError(f"{path}: {files[name].name} beside it has the same case name. Keep one of the two.")
+        files[name] = path
     return files
 
 
 def _images(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder) if is_image(path)] if folder.is_dir() else []
+    """Lists image files, and the DICOM series that lie in a folder or in the folders in it."""
+    if not folder.is_dir():
+        return []
+    visible = _visible(folder)
+    images = [path for path in visible if is_image(path) and not is_series(path)]
+    for inner in (folder, *(path for path in visible if path.is_dir())):
+        if any(path.is_file() and is_series(path) for path in _visible(inner)):
+            images += find_series(inner)
+    return images
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -2,12 +2,25 @@ from __future__ import annotations
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from medmom.data.case import CaseFiles
-from medmom.data.files import is_image, is_picture, picture_channels, read_json, stem
+from medmom.data.files import (
+    find_series,
+    is_image,
+    is_picture,
+    is_series,
+    picture_channels,
+    read_json,
+    series_name,
+    series_paths,
+    stem,
+)
 from medmom.errors import MedmomError
 from medmom.inference.table_inputs import cases_of_table, is_case_table
 from medmom.package import package_folder
@@ -15,13 +28,20 @@ from medmom.package import package_folder
 CHANNEL_FILE = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 """Stem of nnU-Net's channel files: ``case_0000``, ``case_0001``."""
 
+MAX_DEPTH = 3
+"""A study's DICOM series may lie so many folders below it."""
+
 Channels = dict[int, Path]
+SeriesPaths = dict[Path, dict[str, Path]]
 
 
 def find_inputs(inputs: Sequence[str | Path], num_channels: int) -> list[CaseFiles]:
     """Turns files, folders, globs and CSV files into cases, in the order given; a file given twice counts once.
 
-    A folder stands for the images that lie directly in it. nnU-Net's channel files (``case_0000.nii.gz``,
+    A folder stands for the images that lie directly in it; where there are none, for the DICOM series in the folders
+    below it, three deep. A DICOM series is one case, however many of its files are given, and has the name of its
+    folder; where several lie there, with the series number, and where folders share a name, with that of the folder
+    above. A multi-frame file that is given itself has its own name. nnU-Net's channel files (``case_0000.nii.gz``,
     ``case_0001.nii.gz``) are one case named ``case``: always where the model takes several channels; where it takes
     one, only if every file is named so and every case has the same channels (``patient_0001`` to ``patient_0100``
     are a hundred cases). A channel file that is missing is named when the case is read. Pictures are one case together
@@ -45,14 +65,17 @@ def find_inputs(inputs: Sequence[str | Path], num_channels: int) -> list[CaseFil
     if not inputs:
         raise MedmomError("no input is given. Name image files, folders, globs or a CSV file, or --fold validation.")
     files: dict[Path, Path] = {}
+    known_series: SeriesPaths = {}
     for given in inputs:
         try:
             # The folder alone is resolved: two links to one file are two cases, with names of their own.
-            for path in _expand(str(given)):
+            for found in _expand(str(given)):
+                path = _series_path(found, known_series)
                 files.setdefault(_place(path), path)
         except OSError as error:
             raise MedmomError(f"{given}: cannot be read ({error.strerror}). Check path and permissions.") from error
     listed = [case for path in files.values() if is_case_table(path) for case in cases_of_table(path)]
+    listed = [_with_series(case, known_series) for case in listed]
     known = {_place(image) for case in listed for image in case.images}
     plain = [path for place, path in files.items() if not is_case_table(path) and place not in known]
     cases = [*_cases(plain, num_channels), *listed]
@@ -122,21 +145,87 @@ def _expand(given: str) -> list[Path]:
 def _images(folder: Path) -> list[Path]:
     # Broken links stay in the list: what a folder shows must not vanish without a word.
     entries = sorted(folder.iterdir())
-    images = [path for path in entries if _is_shown(path) and not path.is_dir()]
+    shown = [path for path in entries if _is_shown(path) and not path.is_dir()]
+    images = [path for path in shown if not is_series(path)]
+    images += _series_in(folder) if len(images) < len(shown) else []
+    images = images or _series_below(folder, MAX_DEPTH)
     if images:
         return images
     below = [path for path in entries if path.is_dir() and any(map(_is_shown, path.iterdir()))]
-    hint = f"Give {below[0]}." if below else "Give another folder; convert other formats, such as DICOM series, first."
-    raise MedmomError(f"{folder}: there is no NIfTI image and no picture in this folder. {hint}")
+    hint = f"Give {below[0]}." if below else "Give another folder; convert other formats first."
+    raise MedmomError(f"{folder}: there is no DICOM series, no NIfTI image and no picture in this folder. {hint}")
 
 
 def _is_shown(path: Path) -> bool:
     return is_image(path) and not path.name.startswith(".")
 
 
+def _series_in(folder: Path) -> list[Path]:
+    """The series of a folder; the folder itself where they cannot be told, so that reading it names the reason."""
+    try:
+        return find_series(folder)
+    except MedmomError:
+        return [folder]
+
+
+def _series_below(folder: Path, depth: int) -> list[Path]:
+    found: list[Path] = []
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        with suppress(PermissionError):
+            if any(path.is_file() and _is_shown(path) and is_series(path) for path in inner.iterdir()):
+                found += _series_in(inner)
+            if depth > 1:
+                found += _series_below(inner, depth - 1)
+    return found
+
+
+def _series_path(path: Path, known: SeriesPaths) -> Path:
+    """The path that a file's series goes by; of all else the path itself."""
+    if path.is_dir() or not is_series(path):
+        return path
+    if path.parent not in known:
+        known[path.parent] = {}
+        # Reading the case will name what is wrong.
+        with suppress(MedmomError):
+            known[path.parent] = series_paths(path.parent)
+    return known[path.parent].get(path.name, path)
+
+
+def _with_series(case: CaseFiles, known: SeriesPaths) -> CaseFiles:
+    """A case of a table, its series by the paths and names that they would have if given as files."""
+    images = tuple(_series_path(path, known) for path in case.images)
+    if not is_series(images[0]) or case.name != stem(case.images[0]):
+        return replace(case, images=images)
+    name = _series_name(images[0])
+    return replace(case, images=images, name=name, group=name if case.group == case.name else case.group)
+
+
+def _series_name(path: Path) -> str:
+    try:
+        return series_name(path)
+    except MedmomError:
+        return stem(path)
+
+
+def _series_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Names of series; where several have one name, that of the folder above comes first."""
+    names = {path: _series_name(path) for path in paths}
+    for level in range(MAX_DEPTH):
+        counts = Counter(names.values())
+        for path, name in names.items():
+            folder = (path if path.is_dir() else path.parent).resolve()
+            if counts[name] > 1 and len(folder.parents) > level and folder.parents[level].name:
+                names[path] = f"{folder.parents[level].name}_{name}"
+    return names
+
+
 def _cases(files: Sequence[Path], num_channels: int) -> Iterator[CaseFiles]:
-    groups = _named_by_channel(files, num_channels)
+    series = _series_names([path for path in files if is_series(path)])
+    groups = _named_by_channel([path for path in files if path not in series], num_channels)
     for path in files:
+        if path in series:
+            yield CaseFiles(series[path], (path,), None, series[path])
+            continue
         key = _channel_key(path)
         group = None if key is None else groups.get(key[:2])
         if key is None or group is None:

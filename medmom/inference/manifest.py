@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from medmom.data.atomic import write_json
-from medmom.data.cache import halves
+from medmom.data.files import content_files, is_series
 from medmom.errors import MedmomError
 from medmom.inference.ranks import Ranks
 from medmom.package import software_versions
@@ -117,14 +117,24 @@ def file_sha256(path: str | Path) -> str:
 def input_hashes(paths: Sequence[str | Path]) -> list[dict[str, str]]:
     """Gives ``path``, as given, and ``sha256`` of all files that images consist of, in order.
 
+    A DICOM series of several files has one sha256: that of theirs, sorted, so that their names do not matter.
+
     Args:
-        paths: The files of a case; of a pair (``.hdr`` and ``.img``) either half stands for both.
+        paths: The files of a case; of a pair (``.hdr`` and ``.img``) either half stands for both, and of a DICOM
+            series its folder or any file for all.
 
     Raises:
         MedmomError: A file cannot be read.
     """
-    files = [half for path in map(Path, paths) for half in halves(path) or [path]]
-    return [{"path": str(file), "sha256": file_sha256(file)} for file in files]
+    return [entry for path in map(Path, paths) for entry in _hashes(path)]
+
+
+def _hashes(path: Path) -> list[dict[str, str]]:
+    files = content_files(path)
+    hashes = [file_sha256(file) for file in files]
+    if is_series(path) and len(files) > 1:
+        return [{"path": str(path), "sha256": hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()}]
+    return [{"path": str(file), "sha256": sha256} for file, sha256 in zip(files, hashes, strict=True)]
 
 
 def device_in_words(device: torch.device) -> str:

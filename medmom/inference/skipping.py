@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medmom.data.casefiles import CaseFiles
-from medmom.data.files import read_json
+from medmom.data.files import content_files, is_series, read_json
 from medmom.errors import MedmomError
 from medmom.inference.manifest import file_sha256, input_hashes
 from medmom.inference.outputs import sidecar_path
@@ -62,8 +62,10 @@ def is_standing(case: CaseFiles, prediction: Path, *, checksum: str, settings: M
         return False
     try:
         written = sidecar_path(prediction).stat().st_mtime_ns
-        return prediction.is_file() and all(path.stat().st_mtime_ns <= written for path in case.images)
-    except OSError:
+        return prediction.is_file() and all(
+            part.stat().st_mtime_ns <= written for path in case.images for part in _parts(path)
+        )
+    except (OSError, MedmomError):
         return False
 
 
@@ -74,6 +76,14 @@ def read_sidecar(prediction: Path) -> dict[str, Any] | None:
     except (MedmomError, ValueError, RecursionError):
         return None
     return about if isinstance(about, dict) and isinstance(about.get("model"), dict) else None
+
+
+def _parts(path: Path) -> list[Path]:
+    """What shows by its time that an image changed; of a series its folder too, for slices that came or went."""
+    if not is_series(path):
+        return content_files(path)
+    folder = path if path.is_dir() else path.parent
+    return [folder, *folder.iterdir()]
 
 
 def _is_of(about: Mapping[str, Any], checksum: str, settings: Mapping[str, Any]) -> bool:
