@@ -258,7 +258,12 @@ def test_what_is_no_grey_volume_is_refused(tmp_path: Path, array: np.ndarray, fa
         ({"dim": [3, 30000, 30000, 30000, 1, 1, 1, 1]}, "the header announces 30000 x 30000 x 30000 voxels"),
         ({"dim": [3, 1000, 1000, 1000, 1, 1, 1, 1]}, "ends before the 4000000000 bytes"),
         ({"dim": [3, 5, -6, 7, 1, 1, 1, 1]}, "no image volume"),
-        ({"dim": [9, 5, 6, 7, 1, 1, 1, 1]}, "header is damaged"),
+        ({"dim": [9, 5, 6, 7, 1, 1, 1, 1]}, "header is damaged (dim[0] is 9 or 2304, by byte order)"),
+        ({"dim": [255, 5, 6, 7, 1, 1, 1, 1]}, "dim[0] is 255 or -256"),
+        ({"sform_code": 261}, "sform_code 261 has no meaning"),
+        ({"qform_code": -1}, "qform_code -1 has no meaning"),
+        ({"qform_code": 1, "pixdim": [-0.5, 2, 1.5, 3, 1, 1, 1, 1]}, "a qform whose pixdim[0] is -0.5"),
+        ({"qform_code": 1, "pixdim": [1, 2, np.nan, 3, 1, 1, 1, 1]}, "voxel edges of 2 x nan x 3 mm in the qform"),
         ({"scl_slope": np.inf}, "scl_slope"),
         ({"magic": b"ni1"}, "which its suffix denies"),
         ({"intent_code": 3001}, "CIFTI"),
@@ -414,6 +419,17 @@ def test_written_label_has_affine_codes_and_units_of_the_image(
     assert type(out) is kind
     assert out.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(np.asarray(out.dataobj), np.full(SHAPE, 3))
+
+
+def test_written_label_has_numbers_where_the_image_has_none(tmp_path: Path) -> None:
+    fields = {"pixdim": [1, np.nan, 0, -3, 1, 1, 1, 1], "quatern_b": np.nan, "qoffset_x": np.inf, "qform_code": 0}
+    (tmp_path / "in.nii").write_bytes(header_bytes(ramp(), sform_code=1, **fields))
+    like = read_image(tmp_path / "in.nii")
+    write_label(tmp_path / "out.nii", np.full(SHAPE, 3), LABELS, like)
+    out = nib.load(tmp_path / "out.nii")
+    np.testing.assert_array_equal(out.affine, AFFINE)
+    assert out.header.get_zooms() == (1.5, 2, 3)
+    assert [float(out.header[name]) for name in ("quatern_b", "qoffset_x")] == [0, 0]
 
 
 def test_label_of_a_flat_image_keeps_two_axes(tmp_path: Path) -> None:

@@ -109,6 +109,22 @@ def test_exif_orientation_is_applied_to_sixteen_bit_colours(orientation: int, tm
         np.testing.assert_array_equal(seen(path), turned(DEEP, orientation) / np.float32(257))
 
 
+@pytest.mark.parametrize("place", [8, 33])
+def test_png_with_two_headers_that_differ_is_refused(place: int, tmp_path: Path) -> None:
+    content = save_deep(tmp_path / "a.png", DEEP).read_bytes()
+    other = chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 5, 8, 2, 0, 0, 0))
+    (tmp_path / "a.png").write_bytes(content[:place] + other + content[place:])
+    assert "damaged (its first header is not its only one)" in refusal(tmp_path / "a.png")
+
+
+def test_tiff_whose_strips_lie_beyond_the_file_is_refused(tmp_path: Path) -> None:
+    content = save_tiff(tmp_path / "a.tif", DEEP).read_bytes()
+    (tmp_path / "a.tif").write_bytes(
+        content.replace(struct.pack("<HHII", 273, 4, 1, 8), struct.pack("<HHII", 273, 4, 1, 900))
+    )
+    assert "pixels up to byte 1110 in a file of" in refusal(tmp_path / "a.tif")
+
+
 def test_damaged_exif_is_passed_over_without_a_warning(tmp_path: Path) -> None:
     path = save(tmp_path / "a.jpg", GREY, exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\0" * 8)
     assert seen(path).shape == (5, 7, 1)

@@ -26,6 +26,8 @@ MAX_ORIGIN = 1e6
 MAX_SHEAR_DEGREES = 1.0
 """Axes may deviate this far from right angles; beyond it, spacing and distances in mm mean little."""
 
+FORM_CODES = range(6)
+
 CONVERT = "Convert it to NIfTI (.nii.gz), for example with dcm2niix, ITK-SNAP or 3D Slicer."
 
 DAMAGED = (HeaderDataError, ValueError, KeyError, OverflowError)
@@ -56,6 +58,7 @@ def parse_header(path: Path, block: bytes, *, single: bool) -> Any:
     try:
         header = kind(block[:size], check=False)
         _check_fields(path, header)
+        _fill_edges(header)
         header.check_fix(logger=repairs, error_level=40)
         damaged = not 0 <= header.get_data_offset() <= MAX_OFFSET
     except DAMAGED as error:
@@ -125,16 +128,37 @@ def _kind(path: Path, block: bytes) -> tuple[Any, int]:
 
 def _check_fields(path: Path, header: Any) -> None:
     """Refuses what nibabel would mend by a guess, such as a voxel edge of 0 mm set to 1 mm."""
+    num_axes = header["dim"][0]
+    if not 0 <= num_axes <= 7:
+        fact = f"dim[0] is {int(num_axes.byteswap())} or {int(num_axes)}, by byte order"
+        raise MedmomError(f"{path}: the header is damaged ({fact}). Copy the file again.")
+    for name in ("qform_code", "sform_code"):
+        if int(header[name]) not in FORM_CODES:
+            raise MedmomError(f"{path}: {name} {int(header[name])} has no meaning. Write one from 0 to 5.")
     if 3000 <= int(header["intent_code"]) < 3100:
         raise MedmomError(f"{path}: CIFTI data (surfaces and parcels), not an image volume. Give the volume instead.")
-    edges = header["pixdim"][1 : min(int(header["dim"][0]), 3) + 1]
-    if not 1 <= int(header["sform_code"]) <= 5 and not (np.isfinite(edges) & (edges > 0)).all():
-        raise MedmomError(
-            f"{path}: voxel edges of {spell_edges(edges)} mm and no sform. Write the true edges (pixdim)."
-        )
+    qform, sform, handedness = int(header["qform_code"]), int(header["sform_code"]), float(header["pixdim"][0])
+    # The standard takes 0 for 1; of other numbers one reader looks at the sign and the next takes 1.
+    if qform and handedness not in (-1, 0, 1):
+        raise MedmomError(f"{path}: a qform whose pixdim[0] is {handedness:g}. Write 1, or -1 where it is mirrored.")
+    edges = header["pixdim"][1 : min(int(num_axes), 3) + 1]
+    if (qform or not sform) and not _are_edges(edges):
+        sole = "and no sform" if not sform else "in the qform"
+        raise MedmomError(f"{path}: voxel edges of {spell_edges(edges)} mm {sole}. Write the true edges (pixdim).")
     unit = {1: "metres", 3: "micrometres"}.get(int(header["xyzt_units"]) & 7)
     if unit:
         raise MedmomError(f"{path}: lengths are stored in {unit}. Store them in mm.")
+
+
+def _are_edges(values: np.ndarray) -> bool:
+    return bool((np.isfinite(values) & (values > 0)).all())
+
+
+def _fill_edges(header: Any) -> None:
+    """Takes voxel edges that mean nothing from the sform, which alone says where voxels lie there."""
+    if int(header["sform_code"]) and not int(header["qform_code"]) and not _are_edges(header["pixdim"][1:4]):
+        with np.errstate(all="ignore"):
+            header["pixdim"][1:4] = np.linalg.norm(header.get_sform()[:3, :3], axis=0)
 
 
 def _shape(path: Path, header: Any) -> tuple[tuple[int, ...], int]:

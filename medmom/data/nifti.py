@@ -219,7 +219,8 @@ def grid_header(old: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     header.set_data_dtype(dtype)
     header["pixdim"][:4] = old["pixdim"][:4]
     for name in ORIENTATION_FIELDS:
-        header[name] = old[name]
+        # Where its code is 0 a form says nothing, and may hold anything.
+        header[name] = np.nan_to_num(old[name], posinf=0, neginf=0)
     header["xyzt_units"] = int(old["xyzt_units"]) & 7
     header.set_slope_inter(1, 0)
     return header

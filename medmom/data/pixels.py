@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import warnings
 import zlib
@@ -17,6 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from medmom.data.promises import check_chunks, check_promise, check_scans
 from medmom.errors import MedmomError
 
 MAX_PIXELS = 2**27
@@ -29,6 +31,9 @@ FORMATS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 )
 
 MODES = ("1", "L", "La", "LA", "P", "PA", "RGB", "RGBa", "RGBA", "RGBX", "I;16", "I;16L", "I;16B", "I", "F")
+
+# Of what a decoder says of damaged bytes, which it may quote.
+MAX_FACT = 120
 
 # What the decoders raise on damaged bytes; they have no class of their own.
 DAMAGED = (
@@ -49,6 +54,10 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
+
+
+# Pillow logs an error and raises it too.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -96,12 +105,18 @@ def opened_picture(path: Path) -> Iterator[OpenPicture]:
             if kind is None:
                 fact = f"not a PNG, JPEG or TIFF file, it begins with {start[:8]!r}" if start else "the file is empty"
                 raise MedmomError(f"{path}: {fact}. Copy it again from its source, or convert it to PNG.")
+            size = path.stat().st_size
+            if kind is PngImageFile:
+                check_chunks(stream, size)
             stream.seek(0)
             file = kind(stream, str(path))
             _check_header(path, file)
+            check_promise(file, start, size)
+            if isinstance(file, JpegImageFile):
+                check_scans(file, path.read_bytes())
             yield OpenPicture(path, file, _bits(file, start))
         except DAMAGED as error:
-            fact = " ".join(str(error).split()) or type(error).__name__
+            fact = " ".join(str(error).split())[:MAX_FACT] or type(error).__name__
             raise MedmomError(
                 f"{path}: the picture is cut short or damaged ({fact}). Copy it again from its source."
             ) from error
@@ -209,6 +224,8 @@ def _deep_pixels(picture: OpenPicture, shallow: np.ndarray) -> np.ndarray:
     """
     import cv2  # noqa: PLC0415 - slow to load, and few pictures need it
 
+    # What it remarks on stderr, the line that refuses the file says.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     found = cv2.imdecode(np.fromfile(picture.path, np.uint8), cv2.IMREAD_UNCHANGED)
     if found is not None and found.dtype == np.uint16 and found.ndim == 3:
         order = {2: [2, 3], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[shallow.shape[2]]
