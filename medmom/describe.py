@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medmom.classes import Classes
-from medmom.data.preparation import AXES, Preparation
+from medmom.data.preparation import AXES, STORED, Preparation
 from medmom.labels import Labels
 from medmom.models.sizes import times
 from medmom.package import Package, load_package
@@ -102,7 +102,8 @@ def _input(package: Package) -> Iterator[tuple[str, str]]:
         "channels",
         f"{count}: {', '.join(package.channels)}{colour.get(preparation.colour, '')}",
     )
-    yield "grid", f"{_grid(preparation)}, axes {AXES[preparation.plane]}"
+    stored = f"{''.join('xyz'[axis] for axis in STORED[preparation.plane])} as stored"
+    yield "grid", f"{_grid(preparation)}, axes {AXES[preparation.plane] if preparation.axes == 'patient' else stored}"
     yield "intensity", _intensity(preparation)
     if isinstance(package.table, Labels):
         yield "window", f"{times(package.patch)} voxels"
@@ -116,7 +117,9 @@ def _grid(preparation: Preparation) -> str:
         return f"{times(preparation.size)} voxels, whatever the image's proportions"
     if preparation.spacing is None:
         return "each image's own voxels"
-    return f"voxels of {' x '.join(f'{edge:g}' for edge in preparation.spacing)} mm"
+    slices = " in a slice" if len(preparation.spacing) == 2 else ""
+    edges = ", outer edges kept" if preparation.exact == "extent" else ""
+    return f"voxels of {' x '.join(f'{edge:g}' for edge in preparation.spacing)} mm{slices}{edges}"
 
 
 def _intensity(preparation: Preparation) -> str:
@@ -124,7 +127,8 @@ def _intensity(preparation: Preparation) -> str:
         low, high = preparation.clip
         return f"CT, {low:g} to {high:g} HU, mean {preparation.mean:.5g}, standard deviation {preparation.std:.5g}"
     if preparation.intensity == "zscore":
-        return "each channel of an image by its own mean and standard deviation"
+        where = {"image": "", "box": " in the box that is not 0", "mask": " where the image is not 0, 0 elsewhere"}
+        return f"each channel of an image by its own mean and standard deviation{where[preparation.within]}"
     return "0 to 255, divided by 255"
 
 

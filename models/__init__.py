@@ -1,9 +1,10 @@
 """Momentum networks for medical images: torch and MONAI."""
 
-from medmom.models.convert import from_host, to_host
+from medmom.models.convert import from_host, from_plain_host, to_host
 from medmom.models.joint import JointMomentumUNet
 from medmom.models.momentum import MomentumStage
 from medmom.models.paper2d import Paper2D
+from medmom.models.plain import PlainUNet
 from medmom.models.presets import (
     cls2d_s,
     cls2d_xs,
@@ -29,12 +30,14 @@ __all__ = [
     "MomentumStage",
     "MomentumUNet",
     "Paper2D",
+    "PlainUNet",
     "SliceClassifier",
     "TransNetR",
     "cls2d_s",
     "cls2d_xs",
     "cls3d_s",
     "from_host",
+    "from_plain_host",
     "mom2d_m",
     "mom2d_s",
     "mom2d_xs",

@@ -1,18 +1,19 @@
-"""Weights of the host, nnU-Net's residual-encoder U-Net, as a momentum network, and back.
+"""Weights of the host, nnU-Net's residual-encoder U-Net, as a momentum network, and back; and of its plain U-Net.
 
 At gate 0 a ``MomentumUNet`` is the host, weight by weight, so that a trained host becomes a momentum network without
-an error; from there a ramp leads to another gate. Names of the host are those of the package
-dynamic-network-architectures, which nnU-Net v2 saves.
+an error; from there a ramp leads to another gate. nnU-Net's plain U-Net becomes a ``PlainUNet``. Names of the hosts
+are those of the package dynamic-network-architectures, which nnU-Net v2 saves.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medmom.models.gates import Coupling
 from medmom.models.momentum import MomentumStage
+from medmom.models.plain import PlainUNet
 from medmom.models.unet import MomentumUNet
 
 _WRAPPERS = ("module", "_orig_mod")
@@ -33,10 +34,20 @@ _STRANGERS = (
 _CONVERTIBLE = {"block": "postact", "gating": "fixed", "norm": "instance", "velocity": "zero"}
 """Options of ours for which the host has one equal."""
 
+_PLAIN_STRANGERS = (
+    ("encoder.stem.", "", "the stem of a residual encoder"),
+    ("encoder.stages.", ".blocks.", "residual blocks in the encoder"),
+    ("decoder.stages.", ".blocks.", "residual blocks in the decoder"),
+    ("", ".running_mean", "batch normalisation"),
+    ("", ".all_modules.2.", "dropout, or an activation before the normalisation"),
+)
+"""The same of nnU-Net's plain U-Net."""
+
 _MEND = (
     "What converts is nnU-Net's residual-encoder U-Net: basic blocks, instance normalisation, one convolution in the "
     "stem and in every stage of the decoder."
 )
+_PLAIN_MEND = "What converts is nnU-Net's plain U-Net: stacked convolutions with instance normalisation."
 
 
 def from_host(
@@ -68,25 +79,35 @@ def from_host(
         0.4 about 0.5, at 0.6 about 1, at 0.8 about 1.5, at 1 about 2.5), and 20 epochs of refitting bring it back to
         within 0.4 points (read off a figure).
     """
-    host = _plain_names(state)
+    host = _plain_names(state, _STRANGERS, _MEND)
     arguments = _arguments(host)
     # First weights are drawn and thrown away: the caller's random numbers must not notice.
     with torch.random.fork_rng(devices=[]):
         network = MomentumUNet(**arguments, gate=0.0, coupling=coupling, deep_supervision=deep_supervision)
-    own, names = network.state_dict(), _host_names(network)
-    lower = {name for key, name in names.items() if key.startswith("heads.") and not key.startswith("heads.0.")}
-    if not lower & host.keys():
-        host.update({name: torch.zeros_like(own[key]) for key, name in names.items() if name in lower})
-    for key, name in names.items():
-        if name not in host:
-            raise ValueError(f"{name} is missing in the state. {_MEND}")
-        if host[name].shape != own[key].shape:
-            here, there = (list(tensor.shape) for tensor in (host[name], own[key]))
-            raise ValueError(f"{name} has shape {here}; after the other weights it would have {there}. {_MEND}")
-    for name in host:
-        if name not in names.values():
-            raise ValueError(f"{name} is a weight the residual-encoder U-Net does not have. {_MEND}")
-    network.load_state_dict({key: host[name] for key, name in names.items()})
+    _load(network, host, _host_names(network), "residual-encoder", _MEND)
+    return network
+
+
+def from_plain_host(state: Mapping[str, Tensor], *, deep_supervision: bool = True) -> PlainUNet:
+    """Network that gives the logits of nnU-Net's plain U-Net.
+
+    What weights do not show is taken as for ``from_host``, and so is the order of axes.
+
+    Args:
+        state: Its ``state_dict``, as for ``from_host``.
+        deep_supervision: As for ``from_host``.
+
+    Returns:
+        The network, its weights copied, in training mode on the CPU.
+
+    Raises:
+        ValueError: The state is not one of such a network; the first key that does not fit is named.
+    """
+    host = _plain_names(state, _PLAIN_STRANGERS, _PLAIN_MEND)
+    arguments = _plain_arguments(host)
+    with torch.random.fork_rng(devices=[]):
+        network = PlainUNet(**arguments, deep_supervision=deep_supervision)
+    _load(network, host, _plain_host_names(network), "plain", _PLAIN_MEND)
     return network
 
 
@@ -117,15 +138,36 @@ def to_host(network: MomentumUNet) -> dict[str, Tensor]:
     return {name: own[key] for key, known in _host_names(network).items() for name in _all_names(known)}
 
 
-def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _load(network: nn.Module, host: dict[str, Tensor], names: Mapping[str, str], kind: str, mend: str) -> None:
+    """Gives a network the host's weights, by the host's names of its own; absent lower heads become 0."""
+    own = network.state_dict()
+    lower = {name for key, name in names.items() if key.startswith("heads.") and not key.startswith("heads.0.")}
+    if not lower & host.keys():
+        host.update({name: torch.zeros_like(own[key]) for key, name in names.items() if name in lower})
+    for key, name in names.items():
+        if name not in host:
+            raise ValueError(f"{name} is missing in the state. {mend}")
+        if host[name].shape != own[key].shape:
+            here, there = (list(tensor.shape) for tensor in (host[name], own[key]))
+            raise ValueError(f"{name} has shape {here}; after the other weights it would have {there}. {mend}")
+    known = set(names.values())
+    for name in host:
+        if name not in known:
+            raise ValueError(f"{name} is a weight the {kind} U-Net does not have. {mend}")
+    network.load_state_dict({key: host[name] for key, name in names.items()})
+
+
+def _plain_names(
+    state: Mapping[str, Tensor], strangers: Sequence[tuple[str, str, str]], mend: str
+) -> dict[str, Tensor]:
     """Every weight once, under the name that says where it is, without wrappers."""
     host: dict[str, Tensor] = {}
     for key, value in state.items():
         words = [word for word in key.split(".") if word not in _WRAPPERS]
         name = ".".join(words[1:] if words[:2] == ["decoder", "encoder"] else words)
-        for start, part, fact in _STRANGERS:
+        for start, part, fact in strangers:
             if name.startswith(start) and part in name:
-                raise ValueError(f"{key}: {fact}. {_MEND}")
+                raise ValueError(f"{key}: {fact}. {mend}")
         name = name.replace(".all_modules.0.", ".conv.").replace(".all_modules.1.", ".norm.")
         if not isinstance(value, Tensor):
             raise ValueError(f"{key} is {type(value).__name__}, not a tensor. Give the network's state_dict alone.")
@@ -137,28 +179,48 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _arguments(host: Mapping[str, Tensor]) -> dict[str, Any]:
     """Sizes of the network that has these weights, for ``MomentumUNet``."""
-    stem = _weight(host, "encoder.stem.convs.0.conv.weight")
+    stem = _weight(host, "encoder.stem.convs.0.conv.weight", _MEND)
     stages = range(_count(host, "encoder.stages."))
-    entries = [_weight(host, f"encoder.stages.{s}.blocks.0.conv1.conv.weight") for s in stages]
-    upward = [_weight(host, f"decoder.transpconvs.{t}.weight") for t in stages[:-1]]
-    head = _weight(host, f"decoder.seg_layers.{max(0, len(stages) - 2)}.weight")
-    strides = [[1] * (stem.ndim - 2), *(list(weight.shape[2:]) for weight in reversed(upward))]
+    entries = [_weight(host, f"encoder.stages.{s}.blocks.0.conv1.conv.weight", _MEND) for s in stages]
     return {
         "in_channels": stem.shape[1],
-        "out_channels": head.shape[0],
-        "channels": [weight.shape[0] for weight in entries],
         "blocks": [_count(host, f"encoder.stages.{s}.blocks.") for s in stages],
-        "kernels": [list(weight.shape[2:]) for weight in entries],
-        "strides": strides,
+        **_stages(host, entries, _MEND),
     }
 
 
-def _weight(host: Mapping[str, Tensor], name: str) -> Tensor:
+def _plain_arguments(host: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The same for ``PlainUNet``."""
+    # A network has one stage at least: without any, its first weight is what is missing.
+    stages = range(max(1, _count(host, "encoder.stages.")))
+    entries = [_weight(host, f"encoder.stages.{s}.0.convs.0.conv.weight", _PLAIN_MEND) for s in stages]
+    return {
+        "in_channels": entries[0].shape[1],
+        "convolutions": [_count(host, f"encoder.stages.{s}.0.convs.") for s in stages],
+        "decoder_convolutions": [_count(host, f"decoder.stages.{t}.convs.") for t in reversed(stages[:-1])],
+        **_stages(host, entries, _PLAIN_MEND),
+    }
+
+
+def _stages(host: Mapping[str, Tensor], entries: Sequence[Tensor], mend: str) -> dict[str, Any]:
+    """What both kinds of network show alike, from the first convolution of each stage on."""
+    last = len(entries) - 2
+    upward = [_weight(host, f"decoder.transpconvs.{t}.weight", mend) for t in range(last + 1)]
+    head = _weight(host, f"decoder.seg_layers.{max(0, last)}.weight", mend)
+    return {
+        "out_channels": head.shape[0],
+        "channels": [weight.shape[0] for weight in entries],
+        "kernels": [list(weight.shape[2:]) for weight in entries],
+        "strides": [[1] * (head.ndim - 2), *(list(weight.shape[2:]) for weight in reversed(upward))],
+    }
+
+
+def _weight(host: Mapping[str, Tensor], name: str, mend: str) -> Tensor:
     """Weight of a convolution from which sizes are read."""
     if name not in host:
-        raise ValueError(f"{name} is missing in the state. {_MEND}")
+        raise ValueError(f"{name} is missing in the state. {mend}")
     if host[name].ndim not in (4, 5):
-        raise ValueError(f"{name} has shape {list(host[name].shape)}, not one of a 2-D or 3-D convolution. {_MEND}")
+        raise ValueError(f"{name} has shape {list(host[name].shape)}, not one of a 2-D or 3-D convolution. {mend}")
     return host[name]
 
 
@@ -189,6 +251,24 @@ def _host_names(network: MomentumUNet) -> dict[str, str]:
                 words = [f"decoder.seg_layers.{last - int(head)}", *rest]
             case _:
                 raise ValueError(f"{key} has no place in the host. Build the network without it.")
+        names[key] = ".".join(words)
+    return names
+
+
+def _plain_host_names(network: PlainUNet) -> dict[str, str]:
+    """The host's name of every weight of a plain network, by ours."""
+    last = len(network.heads) - 1
+    names = {}
+    for key in network.state_dict():
+        match key.split("."):
+            case ["encoder", stage, *rest]:
+                words = ["encoder.stages", stage, "0.convs", *rest]
+            case ["upsample", stage, *rest]:
+                words = ["decoder.transpconvs", str(last - int(stage)), *rest]
+            case ["decoder", stage, *rest]:
+                words = ["decoder.stages", str(last - int(stage)), "convs", *rest]
+            case [_, head, *rest]:
+                words = ["decoder.seg_layers", str(last - int(head)), *rest]
         names[key] = ".".join(words)
     return names
 

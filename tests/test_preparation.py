@@ -214,7 +214,7 @@ def test_working_grid_has_the_spacing_of_the_recipe_in_ras_order() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"spacing": (1, 1)}, "give three voxel edges"),
+        ({"spacing": (1,)}, "give two or three voxel edges"),
         ({"spacing": (1, 0, 1)}, "each above 0"),
         ({"clip": (5, 5)}, "lower bound first"),
         ({"std": 0.0}, "above 0"),

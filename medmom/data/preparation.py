@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,15 +7,15 @@ from typing import Literal
 import numpy as np
 
 from medmom.data.case import Case
+from medmom.data.intensities import grey, nonzero_box, nonzero_mask, parted, statistics
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry, resample, resample_slabs
-from medmom.interpolation import float_slabs
 
 AXES = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
 """Where the axes of the working grid point, by what the third one counts."""
 
-LUMA = (0.299, 0.587, 0.114)
-"""Share of red, green and blue in grey, as in ITU-R BT.601."""
+STORED = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}
+"""Which of the file's own axes they are, where these are not turned."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Preparation:
     each class.
 
     Attributes:
-        spacing: Voxel edges of the working grid in mm, in the order of its axes; None keeps each case's own.
+        spacing: Voxel edges of the working grid in mm, in the order of its axes; two numbers leave the third axis,
+            that of the slices, alone; None keeps each case's own.
         intensity: ``"ct"`` clips and standardises with numbers fixed for all cases, in Hounsfield units;
             ``"zscore"`` subtracts each case's own mean and divides by its own standard deviation; ``"unit"`` divides
             by 255, for pictures.
@@ -40,6 +40,14 @@ class Preparation:
             two numbers leave the third axis, that of the slices, alone. None: as many as the spacing asks for.
         plane: What the third axis of the working grid counts: ``"axial"``, ``"coronal"`` or ``"sagittal"`` slices.
         colour: ``"grey"`` or ``"rgb"`` brings pictures of one and of three channels to that; ``"own"`` leaves them.
+        axes: ``"patient"`` turns the axes to the patient's; ``"stored"`` takes them as the file has them, whatever
+            they are in the patient: (x, y, z) for ``"axial"``, (x, z, y) for ``"coronal"``, (y, z, x) for
+            ``"sagittal"``.
+        exact: What a spacing meets exactly: ``"spacing"``, about the same centre, or ``"extent"``, the outer edges of
+            the image, as nnU-Net does; the other one to half a voxel.
+        within: For ``"zscore"``: the voxels whose mean and standard deviation count. ``"image"``: all; ``"box"``: the
+            smallest box with all voxels that are not 0 in every channel; ``"mask"``: these voxels and the holes
+            between them, outside of which the image becomes 0.
     """
 
     spacing: tuple[float, ...] | None
@@ -50,6 +58,9 @@ class Preparation:
     size: tuple[int, ...] | None = None
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
     colour: Literal["own", "grey", "rgb"] = "own"
+    axes: Literal["patient", "stored"] = "patient"
+    exact: Literal["spacing", "extent"] = "spacing"
+    within: Literal["image", "box", "mask"] = "image"
 
     def __post_init__(self) -> None:
         """Refuses numbers that no case could be prepared with."""
@@ -60,12 +71,17 @@ class Preparation:
                 f"preparation.size {self.size} and preparation.spacing {self.spacing}: one follows from the other; "
                 "set one of them to null."
             )
-        if self.spacing is not None and (len(self.spacing) != 3 or min(self.spacing) <= 0):
-            raise MedmomError(f"preparation.spacing {self.spacing}: give three voxel edges in mm, each above 0.")
+        if self.spacing is not None and (len(self.spacing) not in (2, 3) or min(self.spacing) <= 0):
+            raise MedmomError(f"preparation.spacing {self.spacing}: give two or three voxel edges in mm, each above 0.")
         if self.clip is not None and self.clip[0] >= self.clip[1]:
             raise MedmomError(f"preparation.clip {self.clip}: give the lower bound first.")
         if self.std is not None and self.std <= 0:
             raise MedmomError(f"preparation.std {self.std}: give a value above 0.")
+        if self.within != "image" and (self.intensity != "zscore" or self.colour == "grey"):
+            raise MedmomError(
+                f"preparation.within {self.within}: it says which voxels preparation.intensity zscore looks at, in the "
+                "colours that are stored; leave it at image."
+            )
 
     @property
     def is_fitted(self) -> bool:
@@ -103,18 +119,25 @@ def fit_preparation(preparation: Preparation, foreground: Iterable[np.ndarray]) 
 
 def working_geometry(preparation: Preparation, geometry: Geometry) -> Geometry:
     """Gives the grid on which the network sees a case that lies on ``geometry``."""
-    turned = geometry.reoriented(AXES[preparation.plane])
+    own = "".join(geometry.orientation[axis] for axis in STORED[preparation.plane])
+    turned = geometry.reoriented(AXES[preparation.plane] if preparation.axes == "patient" else own)
     if preparation.size is not None:
         return turned.with_shape((*preparation.size, *turned.shape[len(preparation.size) :]))
-    return turned if preparation.spacing is None else turned.with_spacing(preparation.spacing)
+    if preparation.spacing is None:
+        return turned
+    spacing = (*preparation.spacing, *turned.spacing[len(preparation.spacing) :])
+    if preparation.exact == "spacing":
+        return turned.with_spacing(spacing)
+    edges = zip(turned.spacing, spacing, turned.shape, strict=True)
+    return turned.with_shape([max(1, round(old / new * count)) for old, new, count in edges])
 
 
 def prepare(case: Case, preparation: Preparation) -> Case:
     """Brings a case to the working grid and scales its intensities.
 
-    Besides what is given and what is returned, the image exists at most half resampled: slabs of it become float32
-    and are scaled one after the other. The result is the same to the last bit for the same intensities, however they
-    are stored.
+    Besides what is given and what is returned, the image exists at most half resampled, and once more where a mask is
+    looked at: slabs of it become float32 and are scaled one after the other. The result is the same to the last bit
+    for the same intensities, however they are stored.
 
     Args:
         case: On its own grid; the image float32 or integers (see ``read_images``), in any memory order.
@@ -124,8 +147,11 @@ def prepare(case: Case, preparation: Preparation) -> Case:
         The case on the working grid: image float32 (C, X, Y, Z), label ``uint8`` (X, Y, Z) or None.
     """
     target = working_geometry(preparation, case.geometry)
-    change = _change(case.image, preparation)
-    image = resample(case.image, case.geometry, target, order=3, change=change)
+    image = case.image
+    if preparation.within == "mask":
+        # As a channel it reaches the slabs that are scaled, wherever they lie.
+        image = np.concatenate([image, nonzero_mask(image)[None]], dtype=image.dtype)
+    image = resample(image, case.geometry, target, order=3, change=_change(image, preparation))
     if preparation.colour == "rgb" and len(image) == 1:
         image = np.repeat(image, 3, axis=0)
     label = case.label
@@ -144,12 +170,7 @@ def _change(image: np.ndarray, preparation: Preparation) -> Callable[[np.ndarray
     """Gives what brings a float32 slab (C, ...) of the image to the channels and the scale of the working grid."""
     to_grey = preparation.colour == "grey" and len(image) == 3
     scale = _scale(image, to_grey, preparation)
-    return lambda slab: scale(_grey(slab) if to_grey else slab)
-
-
-def _grey(slab: np.ndarray) -> np.ndarray:
-    red, green, blue = (np.float32(share) * channel for share, channel in zip(LUMA, slab, strict=True))
-    return np.asarray(red + green + blue)[None]
+    return lambda slab: scale(grey(slab) if to_grey else slab)
 
 
 def _scale(image: np.ndarray, to_grey: bool, preparation: Preparation) -> Callable[[np.ndarray], np.ndarray]:
@@ -168,33 +189,21 @@ def _scale(image: np.ndarray, to_grey: bool, preparation: Preparation) -> Callab
             return slab
 
         return clip
-    means, deviations = _statistics(image, to_grey)
+    has_mask = preparation.within == "mask"
+    counted = image[(slice(None), *nonzero_box(image))] if preparation.within == "box" else image
+    means, deviations = statistics(counted, to_grey, has_mask=has_mask)
 
     def standardise(slab: np.ndarray) -> np.ndarray:
+        slab, mask = parted(slab, has_mask)
         # float32 would lose what differs by little from a large mean.
         double = slab - means
         double /= deviations
+        if mask is not None:
+            double *= mask
         slab[...] = double
         return slab
 
     return standardise
-
-
-def _statistics(image: np.ndarray, to_grey: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel, float64, shape (C, 1, 1, 1); 1 for that of a constant channel."""
-
-    def mean(function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        slabs = (_grey(slab) if to_grey else slab for _, slab in float_slabs(image))
-        sums = [function(slab).sum(axis=(1, 2, 3), keepdims=True, dtype=np.float64) for slab in slabs]
-        return np.asarray(np.sum(sums, axis=0) / math.prod(image.shape[1:]))
-
-    # Sums of float32 squares overflow for large and vanish for tiny intensities: reduce in float64. Sums about one
-    # voxel are 0 for a constant channel, which becomes 0 and not NaN or noise.
-    _, first = next(float_slabs(image[:, :1, :1, :1]))
-    pivot = (_grey(first) if to_grey else first).astype(np.float64)
-    means = pivot + mean(lambda slab: slab - pivot)
-    deviations = np.sqrt(mean(lambda slab: np.square(slab - means)))
-    return means, np.where(deviations == 0, 1.0, deviations)
 
 
 def resample_label(label: np.ndarray, source: Geometry, target: Geometry) -> np.ndarray:

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from medmom.classes import Classes
-from medmom.data.preparation import AXES, LUMA, Preparation
+from medmom.data.intensities import LUMA
+from medmom.data.preparation import AXES, STORED, Preparation
 from medmom.labels import Labels
 from medmom.package import Package
 
@@ -30,6 +31,12 @@ RESTORING = (
     "The logits of each class are interpolated linearly to the image's own grid, the border's value outside, and the "
     "class with the largest logit wins there; of equal ones the first. Label maps are never interpolated."
 )
+_WITHIN = {
+    "image": "all voxels of the image",
+    "box": "the smallest box with all voxels of the image that are not 0 in every channel,",
+    "mask": "all voxels of the image that are not 0 in every channel, and the holes between (the rest becomes 0),",
+}
+"""Of which voxels mean and standard deviation are taken."""
 
 
 def processing_steps(package: Package) -> dict[str, Any]:
@@ -67,7 +74,7 @@ def _preparation(preparation: Preparation) -> dict[str, Any]:
         "ct": "clip to the range of clip, subtract mean, divide by std; on the image's own grid, before resampling.",
         "zscore": (
             "of each channel, subtract its mean and divide by its standard deviation (of the population), both over "
-            "all voxels of the image on its own grid, before resampling; a constant channel becomes 0."
+            f"{_WITHIN[preparation.within]} on its own grid, before resampling; a constant channel becomes 0."
         ),
         "unit": "divide by 255, before resampling.",
     }
@@ -77,18 +84,30 @@ def _preparation(preparation: Preparation) -> dict[str, Any]:
             "The same axes, centre and extent (outer edges of voxels) with as many voxels as size says; axes that size "
             "does not name keep theirs."
         )
+    elif preparation.exact == "extent" and preparation.spacing is not None:
+        grid = (
+            "The same axes, centre and extent (outer edges of voxels) with max(1, round(old / new n)) voxels along an "
+            "axis, halves to even, new the edge in spacing; an axis that spacing does not name keeps its voxels."
+        )
     elif preparation.spacing is not None:
         grid = (
             "The same axes and centre with voxels of exactly spacing mm: max(1, round(n old / new)) of them along an "
-            "axis, halves to even. Where all edges differ by less than 0.001 %, the grid stays."
+            "axis, halves to even. Where all edges differ by less than 0.001 %, the grid stays. An axis that spacing "
+            "does not name keeps its voxels."
         )
     else:
         grid = "The image's own voxels."
-    order = AXES[preparation.plane]
+    order = AXES[preparation.plane] if preparation.axes == "patient" else None
+    stored = "".join("xyz"[axis] for axis in STORED[preparation.plane])
+    turned = (
+        f"Axes are permuted and flipped, never rotated, to the order closest to {order}."
+        if order
+        else f"Axes are those of the file, neither flipped nor rotated, in the order {stored}."
+    )
     return {
         "intensity": {"rule": rules[preparation.intensity], "kind": preparation.intensity, **numbers},
         "working_grid": {
-            "rule": f"Axes are permuted and flipped, never rotated, to the order closest to {order}. {grid}",
+            "rule": f"{turned} {grid}",
             "orientation": order,
             "spacing_mm": None if preparation.spacing is None else list(preparation.spacing),
             "size_voxels": None if preparation.size is None else list(preparation.size),
