@@ -13,11 +13,12 @@ import scipy
 from tqdm import tqdm
 
 from medmom import __version__
-from medmom.data.files import Volume, check_same_grid, is_picture, read_geometry, read_label
+from medmom.data.files import Volume, check_same_grid, is_picture, read_label
 from medmom.errors import MedmomError
 from medmom.evaluation.matching import Matched, Matching, match
 from medmom.evaluation.metrics import Scores, definitions, missed_scores, score_classes
 from medmom.evaluation.summary import format_scores, summarise
+from medmom.evaluation.voxel_counts import count_voxels
 from medmom.labels import Labels
 
 __all__ = ["evaluate", "format_scores"]
@@ -51,7 +52,8 @@ def evaluate(
         progress: Whether to show a bar on standard error.
 
     Returns:
-        What ``scores.json`` holds, in plain JSON types.
+        What ``scores.json`` holds, in plain JSON types. Of each case ``counts`` has the voxels that are not ignored
+        by class: ``tp``, ``fp``, ``fn``, ``tn``; a missing prediction counts as an empty one there.
 
     Raises:
         MedmomError: A folder, file or reference is missing, a label map lies on another grid or holds
@@ -65,8 +67,8 @@ def evaluate(
     book = _label_book(matching)
     rows = []
     for case in tqdm(matching.cases, desc="evaluate", unit="case", disable=not progress):
-        scores = _score_case(case, book, nsd_tolerance)
-        rows.append({**_describe(case), "scores": scores})
+        scores, counts = _score_case(case, book, nsd_tolerance)
+        rows.append({**_describe(case), "scores": scores, "counts": counts})
     names = book.labels.foreground
     unit, unit_notes = _distance_unit(matching.cases)
     both_empty = Counter(name for row in rows for name, found in row["scores"].items() if found["dice"] is None)
@@ -169,24 +171,26 @@ def _describe(case: Matched) -> dict[str, Any]:
     }
 
 
-def _score_case(case: Matched, book: _LabelBook, tolerance: float) -> dict[str, Scores]:
+def _score_case(
+    case: Matched, book: _LabelBook, tolerance: float
+) -> tuple[dict[str, Scores], dict[str, dict[str, int]]]:
+    """Scores, and voxels counted, by class; a missing prediction counts as an empty one."""
     names = [name for name in book.comparable if case.annotated is None or name in case.annotated]
-    if case.prediction is None:
-        diagonal = read_geometry(case.reference).diagonal
-        return {name: missed_scores(diagonal) for name in names}
-    reference = read_label(case.reference, book.references)
-    prediction = read_label(case.prediction, book.labels)
-    check_same_grid(reference, prediction)
     channels = {book.labels.channel(name): name for name in names}
-    scores = score_classes(
-        _channels(prediction, book.labels, book.labels),
-        _channels(reference, book.references, book.labels),
-        channels,
-        reference.geometry.spacing,
-        diagonal=reference.geometry.diagonal,
-        tolerance=tolerance,
-    )
-    return {name: scores[channel] for channel, name in channels.items()}
+    reference = read_label(case.reference, book.references)
+    wanted, geometry = _channels(reference, book.references, book.labels), reference.geometry
+    if case.prediction is None:
+        found = np.zeros_like(wanted)
+        scores = {channel: missed_scores(geometry.diagonal) for channel in channels}
+    else:
+        prediction = read_label(case.prediction, book.labels)
+        check_same_grid(reference, prediction)
+        found = _channels(prediction, book.labels, book.labels)
+        scores = score_classes(
+            found, wanted, channels, geometry.spacing, diagonal=geometry.diagonal, tolerance=tolerance
+        )
+    counts = count_voxels(found, wanted, channels)
+    return {name: scores[k] for k, name in channels.items()}, {name: counts[k] for k, name in channels.items()}
 
 
 def _channels(volume: Volume, own: Labels, wanted: Labels) -> np.ndarray:
