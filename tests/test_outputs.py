@@ -163,11 +163,13 @@ def test_work_that_fails_leaves_nothing_new(error: type[BaseException], image: V
 def test_work_that_fails_leaves_an_earlier_prediction(image: Volume, tmp_path: Path) -> None:
     path = tmp_path / "out" / "a.nii.gz"
     write_prediction(path, label_of(image), LABELS, image, ABOUT)
-    before = path.read_bytes()
-    with pytest.raises(MedmomError), claimed(path, ABOUT):
+    before = path.read_bytes(), sidecar_path(path).read_bytes()
+    with pytest.raises(MedmomError), claimed(path, {**ABOUT, "model": {"checksum": "def"}}):
+        assert "prediction_sha256" not in json.loads(sidecar_path(path).read_text()), "nobody takes it for done"
+        path.unlink()
         raise MedmomError("no space")
-    assert path.read_bytes() == before
-    assert "prediction_sha256" not in json.loads(sidecar_path(path).read_text()), "nobody takes it for done"
+    assert (path.read_bytes(), sidecar_path(path).read_bytes()) == before
+    assert files(tmp_path / "out") == ["a.json", "a.nii.gz"]
 
 
 def test_files_that_a_later_prediction_has_not_are_gone(image: Volume, tmp_path: Path) -> None:

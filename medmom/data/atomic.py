@@ -1,16 +1,20 @@
-"""Small files written whole or not at all."""
+"""Files written whole or not at all, and put back where the work on several fails."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from medmom.errors import MedmomError
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+"""What disks without second names answer to one."""
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -50,7 +54,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         MedmomError: The place cannot be written.
     """
     path = Path(path)
-    part = path.parent / f".{secrets.token_hex(8)}.part"
+    part = _part(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("xb") as stream:
@@ -63,3 +67,56 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def put_back(paths: Iterable[str | Path]) -> Iterator[None]:
+    """Lets files be as they were where the work on them fails: what is new goes, what was replaced comes back.
+
+    What is there is kept meanwhile under a second name of the same file, which takes no room; who changes it must let
+    another file take its place, as ``atomic_file`` does. Where a disk has no second names (FAT), what was replaced
+    stays so.
+
+    Args:
+        paths: Files, there or not. They are put back in this order.
+
+    Raises:
+        MedmomError: The place cannot be written.
+    """
+    kept: dict[Path, Path | None] = {}
+    try:
+        for path in map(Path, paths):
+            if path not in kept:
+                kept[path] = _second_name(path)
+        yield
+    except BaseException:
+        for path, second in kept.items():
+            with suppress(OSError):
+                if second is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    second.replace(path)
+        raise
+    finally:
+        for path, second in kept.items():
+            if second not in (None, path):
+                with suppress(OSError):
+                    second.unlink(missing_ok=True)
+
+
+def _second_name(path: Path) -> Path | None:
+    """Gives a file a second name; None where it is not there, its own where the disk has no second names."""
+    second = _part(path)
+    try:
+        os.link(path, second, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in NO_LINKS:
+            return path
+        raise MedmomError(f"{path}: cannot be written ({error.strerror}). Choose another place.") from error
+    return second
+
+
+def _part(path: Path) -> Path:
+    return path.parent / f".{secrets.token_hex(8)}.part"

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, on any disk, and never for ever."""
+"""One process, or one call, at a time in a folder, on any disk, and never for ever."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ except ImportError:
 LOCK = ".medmom.lock"
 
 PAUSE_S = 0.05
+
+CALL_LOCK = ".medmom.call.lock"
 
 STALE_S = 30.0
 """Age of a lock file that a dead process left, where the disk knows no locks."""
@@ -54,6 +56,85 @@ def folder_lock(folder: Path, *, patience_s: float = 60.0) -> Iterator[bool]:
             release()
 
 
+@contextmanager
+def call_lock(folder: Path, call: str, *, name: str = CALL_LOCK, is_shared: bool = False) -> Iterator[bool]:
+    """Keeps other calls away from what this one writes, for as long as it works.
+
+    The lock is the kernel's and ends with the processes that hold it. Where disk or system has none, nobody is kept
+    away. The file is gone afterwards, and so are folders that were made for it and are still empty.
+
+    Args:
+        folder: Made if missing.
+        call: What the processes of one call have in common.
+        name: Of the lock file; what is written by itself has one of its own.
+        is_shared: Whether other processes of the same call hold it as well.
+
+    Yields:
+        Whether this call has the place for itself; if not, another is at work there.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        # One at a time: who comes must not meet one who is just being told apart from a stranger.
+        with folder_lock(folder):
+            release = _join(folder / name, call, is_shared=is_shared)
+        try:
+            yield release is not None
+        finally:
+            if release is not None:
+                release()
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _join(path: Path, call: str, *, is_shared: bool) -> Callable[[], None] | None:
+    """Takes the lock of a call, or takes part in it; gives what lets it go, None where another call has it."""
+    if fcntl is None:
+        return lambda: None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_same(path, descriptor):
+                # The last holder took it away meanwhile.
+                os.close(descriptor)
+                continue
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, call.encode())
+        except BlockingIOError:
+            if not (is_shared and os.pread(descriptor, 4096, 0).decode() == call):
+                os.close(descriptor)
+                return None
+        except OSError:
+            # Some network disks know no locks.
+            _let_go(path, descriptor)
+            return lambda: None
+        if is_shared:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return partial(_leave, path, descriptor)
+
+
+def _leave(path: Path, descriptor: int) -> None:
+    """Lets the lock of a call go; the last of its processes takes the file away."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+    else:
+        _let_go(path, descriptor)
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
 def _acquire(path: Path) -> Callable[[], None] | None:
     """Takes the lock, without waiting; gives what lets it go, None where somebody else has it."""
     if fcntl is None:
@@ -62,8 +143,8 @@ def _acquire(path: Path) -> Callable[[], None] | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The holder before us takes the file away: who waited for that one has locked nothing that others see.
-        is_held = os.fstat(descriptor).st_ino == path.stat().st_ino
-    except (BlockingIOError, FileNotFoundError):
+        is_held = _is_same(path, descriptor)
+    except BlockingIOError:
         is_held = False
     except OSError:
         # Some network disks know no locks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -17,6 +18,9 @@ OTHER_SUFFIXES = (
 )
 """Names that say an output file is meant, of a kind that is not written."""
 
+MAX_NAME = 255
+"""Bytes of a name that disks take."""
+
 RESERVED = re.compile(r"cases|run(-\d+)?|statistics")
 """Names of cases whose sidecars would be other files of the folder."""
 
@@ -24,14 +28,21 @@ RESERVED = re.compile(r"cases|run(-\d+)?|statistics")
 def check_names_differ(owners: Iterable[tuple[Path, CaseFiles]]) -> None:
     """Refuses two cases that would write one file, such as the preview of ``a`` and the label map of ``a_preview``.
 
+    Refuses names that no disk takes, too.
+
     Args:
         owners: Every file, with the case that it belongs to.
 
     Raises:
-        MedmomError: A file belongs to two cases.
+        MedmomError: A file belongs to two cases, or its name is too long.
     """
     seen: dict[Path, CaseFiles] = {}
     for file, case in owners:
+        if len(os.fsencode(file.name)) > MAX_NAME:
+            raise MedmomError(
+                f"{file}: File name too long, {len(os.fsencode(file.name))} bytes; disks take {MAX_NAME}. Shorten the "
+                f"name of {case.images[0]}."
+            )
         other = seen.setdefault(file, case)
         if other is not case:
             raise MedmomError(
@@ -95,15 +106,20 @@ def check_is_ours(path: Path, record: Path, keys: Set[str]) -> None:
     Raises:
         MedmomError: Either file is there, and ``record`` does not tell that.
     """
-    if not path.exists() and not record.exists():
+    if not _is_there(path) and not _is_there(record):
         return
     try:
         about = read_json(record)
     except (MedmomError, ValueError, RecursionError):
         about = None
     if not (isinstance(about, dict) and keys <= about.keys()):
-        found = path if path.exists() else record
+        found = path if _is_there(path) else record
         raise MedmomError(f"{found}: exists and was not written by medmom predict. Move it, or name another output.")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything of this name; a link to nothing may lead to a disk that is not there today."""
+    return path.is_symlink() or path.exists()
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from medmom.data.atomic import put_back
 from medmom.data.case import CaseFiles
 from medmom.data.files import Volume, is_picture, read_json, stem, write_json, write_label
 from medmom.errors import MedmomError
@@ -112,8 +113,8 @@ def claimed(path: Path, about: Mapping[str, Any], *, also: Sequence[Path] = ()) 
     """Marks the place of a prediction as one that a later run may replace, before any file of it is visible.
 
     Its sidecar is there from now on, without the checksum of a label map: until ``write_prediction`` adds that,
-    nobody takes the case for done. Where the work fails, files that were not there before are taken away again.
-    Where it ends, so are those that an earlier prediction had beside it and this one has not.
+    nobody takes the case for done. Where the work fails, all files are as they were before: what is new is taken away,
+    what was replaced put back. Where it ends, those go that an earlier prediction had beside it and this one has not.
 
     Args:
         path: Of the label map.
@@ -125,16 +126,10 @@ def claimed(path: Path, about: Mapping[str, Any], *, also: Sequence[Path] = ()) 
     """
     sidecar = sidecar_path(path)
     before = _also(path)
-    created = [file for file in (path, *also, sidecar) if not file.exists()]
-    try:
+    # The sidecar last: without it the others would look like somebody else's.
+    with put_back((path, *before, *also, sidecar)):
         write_json(sidecar, {**about, "also": sorted({file.name for file in (*before, *also)})})
         yield
-    except BaseException:
-        # The sidecar last: without it the others would look like somebody else's.
-        for file in created if sidecar in created else []:
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-        raise
     for file in before:
         if file not in also:
             with suppress(OSError):

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from medmom.data.casefiles import CaseFiles
 from medmom.data.files import read_json, write_json
 from medmom.errors import MedmomError
 from medmom.inference.case_list import collect_statistics, list_cases
-from medmom.inference.lock import folder_lock
+from medmom.inference.lock import CALL_LOCK, call_lock, folder_lock
 from medmom.inference.manifest import CaseRecord, RunManifest, input_hashes, write_manifest
 from medmom.inference.outputs import STATISTICS, Outputs
 from medmom.inference.ranks import Ranks
@@ -97,6 +97,7 @@ class RunLog:
         self._manifest = RunManifest(_now(), None, call, settings, model, device, ranks, ())
         self._records: list[CaseRecord] = []
         self._written: float | None = None
+        self._held = ExitStack()
         self.gathered = Gathered()
         if ranks.world_size > 1 and self._path is not None:
             # From now on the others know that this process is there.
@@ -138,7 +139,24 @@ class RunLog:
                 self._write_list(self._rows([self._manifest.as_dict()]))
 
     def __enter__(self) -> Self:
-        """Gives itself."""
+        """Gives itself, and keeps other calls away from the output until its end.
+
+        Raises:
+            MedmomError: Another call is writing there, or nothing can be written.
+        """
+        path = self.outputs.predictions[0]
+        place, name = path.parent, CALL_LOCK
+        if self._path is None:
+            # Other files of the folder are others' affair. Of a long name there is a digest.
+            place, name = path, f"{CALL_LOCK}.{hashlib.sha256(path.name.encode()).hexdigest()[:16]}"
+        try:
+            lock = call_lock(path.parent, self._manifest.call, name=name, is_shared=self.ranks.world_size > 1)
+            is_alone = self._held.enter_context(lock)
+        except OSError as error:
+            raise MedmomError(f"{place}: cannot be written ({error.strerror}). Choose another place.") from error
+        if not is_alone:
+            self._held.close()
+            raise MedmomError(f"{place}: another medmom predict is writing there. Let it end, or name another output.")
         return self
 
     def __exit__(
@@ -152,11 +170,12 @@ class RunLog:
             MedmomError: The folder cannot be written; not where the run is cut short, which is told instead.
         """
         self._manifest = replace(self._manifest, ended=_now() if kind is None else None)
-        try:
-            self.gathered = self._ended(may_wait=kind is None)
-        except MedmomError:
-            if kind is None:
-                raise
+        with self._held:
+            try:
+                self.gathered = self._ended(may_wait=kind is None)
+            except MedmomError:
+                if kind is None:
+                    raise
 
     def _ended(self, *, may_wait: bool) -> Gathered:
         if self._path is None or (self.ranks.world_size == 1 and not self._records):
