@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import keyword
 import logging
 import sys
 import warnings
@@ -22,6 +23,7 @@ Momentum networks for medical images: train, predict, evaluate, report; scans an
   medmom report RUN_OR_SCORES                  one HTML page with pictures, tables and curves
   medmom postprocess RUN                       choose on validation cases how label maps are cleaned
   medmom export MODEL --to onnx --out FOLDER   a model as ONNX, or as MONAI bundle
+  medmom import nnunet FOLDER --out MODEL      a trained nnU-Net as model package
   medmom demo                                  all of this on made-up scans, in a few minutes
 """
 
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     rooms = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         *(_add_inspect, _add_train, _add_predict, _add_evaluate, _add_report),
-        *(_add_postprocess, _add_export, _add_demo),
+        *(_add_postprocess, _add_export, _add_import, _add_demo),
     ):
         add(rooms)
     return parser
@@ -89,7 +91,7 @@ def _command(rooms: Any, name: str, text: str, help_: str) -> argparse.ArgumentP
     )
     command.add_argument("--quiet", action="store_true", help="no progress bars, no notes")
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default auto)")
-    command.set_defaults(run=getattr(commands, name))
+    command.set_defaults(run=getattr(commands, f"{name}_" if keyword.iskeyword(name) else name))
     return command
 
 
@@ -152,6 +154,16 @@ def _add_predict(rooms: Any) -> None:
     segment.add_argument(
         "--probabilities", choices=["uint8", "uint16"], help="a file for each class, in steps of 1/255 or 1/65535"
     )
+    segment.add_argument("--entropy", action="store_true", help="a map of how unsure the model is, from 0 to 1")
+    segment.add_argument(
+        "--with", type=Path, action="append", default=[], metavar="MODEL", help="average with this model; repeatable"
+    )
+    segment.add_argument(
+        "--dicom-seg", action="store_true", help="a DICOM Segmentation too, for each DICOM series"
+    )
+    segment.add_argument(
+        "--reference-series", type=Path, metavar="SERIES", help="the DICOM series of the one image, for its DICOM-SEG"
+    )
     classify = command.add_argument_group("to classify")
     classify.add_argument("--explain", action="store_true", help="a picture a case of what counted")
 
@@ -178,9 +190,24 @@ def _add_evaluate(rooms: Any) -> None:
         metavar="FILE",
         help="cases to score (default PREDICTIONS/cases.json, else all references)",
     )
+    command.add_argument("--summary", type=Path, metavar="FILE", help="besides, nnU-Net's summary.json of label maps")
     command.add_argument(
         "--nsd-tolerance", type=float, metavar="MM", help="within it surfaces touch (default: the model's, else 2 mm)"
     )
+
+
+def _add_import(rooms: Any) -> None:
+    text = (
+        "Makes a model package of each fold of a trained nnU-Net v2 folder, such as\n"
+        "Dataset001_Liver/nnUNetTrainer__nnUNetPlans__3d_fullres. Nothing in a checkpoint is run; what a package does\n"
+        "otherwise than nnU-Net is said in a sentence."
+    )
+    command = _command(rooms, "import", text, "make a model package of an nnU-Net model")
+    command.add_argument("kind", choices=["nnunet"], help="whose model it is")
+    command.add_argument("folder", type=Path, help="with plans.json, dataset.json and fold_0, fold_1, ...")
+    command.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the package; of several folds each")
+    command.add_argument("--configuration", metavar="C", help="such as 3d_fullres (default: that of the checkpoint)")
+    command.add_argument("--folds", nargs="+", metavar="F", help="their numbers (default: all that are there)")
 
 
 def _add_report(rooms: Any) -> None:

@@ -23,6 +23,10 @@ SEGMENTING: Mapping[str, tuple[Any, str]] = {
     "max_vram": (None, "classifies, in little memory"),
     "preview": (False, "classifies; pictures are drawn by --explain"),
     "probabilities": (None, "classifies; probabilities stand in the table"),
+    "entropy": (False, "classifies; probabilities stand in the table"),
+    "dicom_seg": (False, "classifies; a DICOM-SEG holds label maps"),
+    "reference_series": (None, "classifies; a DICOM-SEG holds label maps"),
+    "with": ([], "classifies; ensembles are for label maps"),
     "skip_existing": (False, "classifies, all images into one table"),
 }
 """The same the other way round."""
@@ -118,8 +122,16 @@ def _segment(options: argparse.Namespace) -> int:
         max_ram=None if options.max_ram is None else parse_size(options.max_ram, option="--max-ram"),
         max_vram=None if options.max_vram is None else parse_size(options.max_vram, option="--max-vram"),
     )
-    wanted = Wanted(preview=options.preview, probabilities=options.probabilities, skip_existing=options.skip_existing)
-    outcomes, gathered = predict(**_asked(options), settings=settings, wanted=wanted)
+    wanted = Wanted(
+        preview=options.preview,
+        probabilities=options.probabilities,
+        entropy=options.entropy,
+        dicom_seg=options.dicom_seg or options.reference_series is not None,
+        reference=options.reference_series,
+        skip_existing=options.skip_existing,
+    )
+    models = [options.model, *getattr(options, "with")]
+    outcomes, gathered = predict(**_asked(options) | {"model": models}, settings=settings, wanted=wanted)
     num_skipped = sum(outcome.skipped for outcome in outcomes)
     there = f", {num_skipped} of them were there already" if num_skipped else ""
     _tell(outcomes, f"scans segmented{there}: {options.out}")
@@ -153,9 +165,12 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     """Scores predictions."""
     from medmom.data.atomic import write_json
     from medmom.evaluation.class_scores import evaluate_classes, format_class_scores, is_class_table
+    from medmom.evaluation.nnunet_summary import write_summary
     from medmom.evaluation.scores import evaluate, format_scores
 
     if is_class_table(options.predictions):
+        if options.summary is not None:
+            raise MedmomError(f"--summary {options.summary}: is of label maps, and these are classes. Leave it out.")
         scores = evaluate_classes(options.predictions, options.references, progress=not options.quiet)
         out = options.out or options.predictions.with_name(f"{options.predictions.stem}_scores.json")
         write_json(out, scores)
@@ -174,6 +189,9 @@ def evaluate(options: argparse.Namespace, rest: list[str]) -> int:
     write_json(out, scores)
     print(format_scores(scores))
     print(f"Scores: {out}")
+    if options.summary is not None:
+        write_summary(options.summary, scores)
+        print(f"Summary: {options.summary}")
     return 0
 
 
@@ -208,6 +226,20 @@ def export(options: argparse.Namespace, rest: list[str]) -> int:
         from medmom.export.monai_bundle import export_monai_bundle
 
         print(f"MONAI bundle: {export_monai_bundle(options.model, options.out)}")
+    return 0
+
+
+def import_(options: argparse.Namespace, rest: list[str]) -> int:
+    """Makes model packages of another tool's models."""
+    from medmom.nnunet.importing import import_nnunet
+
+    folders = import_nnunet(
+        options.folder, options.out, configuration=options.configuration, folds=options.folds or None
+    )
+    for folder in folders:
+        print(f"Model package: {folder}")
+    others = "".join(f" --with {folder}" for folder in folders[1:])
+    print(f"Next: medmom predict {folders[0]} IMAGES --out LABELS{others}")
     return 0
 
 

@@ -224,3 +224,14 @@ def test_air_is_skipped_in_a_ct_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         Predictor(model, device="cpu", settings=Settings(skip_air=skip_air))(array, np.eye(4), quiet=True)
     assert bodies[0] is not None and not bodies[0][-16:].any() and bodies[0][:12].all()
     assert bodies[1] is None
+
+
+def test_image_whose_header_makes_it_a_thousand_times_larger_is_refused(tmp_path: Path) -> None:
+    predictor = Predictor(save_tiny(tmp_path / "model"))
+    edges = np.array(predictor.package.preparation.spacing)
+    image = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
+    predictor(image, np.diag([*(9 * edges), 1.0]), quiet=True)
+    with pytest.raises(
+        MedmomError, match=r"4 x 4 x 4 voxels of .* mm would be 44 x 44 x 44 voxels .*check the spacing"
+    ):
+        predictor(image, np.diag([*(11 * edges), 1.0]), quiet=True)

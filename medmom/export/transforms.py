@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ from medmom.data.preparation import Preparation, prepare, working_channels, work
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 from medmom.inference.inputs import find_inputs
-from medmom.inference.kinds import check_kind
-from medmom.inference.predictor import MAX_VOXELS
+from medmom.inference.kinds import check_kind, check_working_grid
 from medmom.inference.restore import Restorer
 from medmom.labels import Labels
-from medmom.models.sizes import times
 
 
 def find_images(inputs: str | Path | Sequence[str | Path], num_channels: int) -> list[dict[str, Any]]:
@@ -102,12 +99,7 @@ class Prepared(MapTransform):  # type: ignore[misc]
                 f"{image.path}: the number of image channels is {len(image.array)}, the model takes "
                 f"{len(self.channels)} ({', '.join(self.channels)}). Give one file with all, or a list of files."
             )
-        shape = working_geometry(self.preparation, image.geometry).shape
-        if math.prod(shape) > MAX_VOXELS:
-            raise MedmomError(
-                f"{image.path}: {times(shape)} voxels at the model's spacing {self.preparation.spacing} mm. "
-                "Crop the image, and check the spacing in its header."
-            )
+        check_working_grid(image.path, self.preparation, image.geometry)
 
 
 class Restored(MapTransform):  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ from medmom.errors import MedmomError
 from medmom.evaluation.calibration import probabilities
 from medmom.inference.class_outputs import ClassOutcome
 from medmom.inference.explain import draw_explanation, explain
-from medmom.inference.kinds import check_kind
+from medmom.inference.kinds import check_kind, check_working_grid
 from medmom.inference.novelty import look
-from medmom.inference.predictor import MAX_VOXELS
 from medmom.models.sizes import times
 from medmom.package import Package, load_package
 
@@ -146,12 +144,8 @@ class ClassPredictor:
         return tuple(found.tolist())
 
     def _check_size(self, files: CaseFiles, case: Case) -> None:
+        check_working_grid(files.images[0], self.package.preparation, case.geometry)
         shape = working_geometry(self.package.preparation, case.geometry).shape
-        if math.prod(shape) > MAX_VOXELS:
-            raise MedmomError(
-                f"{files.images[0]}: {times(shape)} voxels at the model's spacing {self.package.preparation.spacing} "
-                "mm. Crop the image, and check the spacing in its header."
-            )
         if len(self.package.patch) == 2 and self.package.slices is None and shape[-1] > 1:
             raise MedmomError(
                 f"{files.images[0]}: a volume of {shape[-1]} slices, the model classifies pictures. Give one slice."

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medmom.data.files import is_picture, stem
+from medmom.data.files import Volume, content_files, is_picture, read_geometry, stem
 from medmom.errors import MedmomError
+from medmom.inference.entropy_file import entropy_path
 from medmom.inference.probability_files import probability_path
 
 
@@ -70,7 +71,7 @@ class Wanted:
         folder, case, is_flat = prediction.parent, stem(prediction), is_picture(prediction)
         extras = Extras(
             preview=folder / f"{case}_preview.png" if self.preview else None,
-            entropy=probability_path(folder, case, "entropy", is_picture=is_flat) if self.entropy else None,
+            entropy=entropy_path(folder, case, is_picture=is_flat) if self.entropy else None,
             dicom_seg=folder / f"{case}_seg.dcm" if self.dicom_seg else None,
             probabilities=tuple(probability_path(folder, case, name, is_picture=is_flat) for name in classes)
             if self.probabilities
@@ -82,3 +83,26 @@ class Wanted:
                 if path is not None and path.name.casefold() == other.name.casefold():
                     raise MedmomError(f"{path}: the probabilities of the class {name!r} too. Rename the class.")
         return extras
+
+
+def source_slices(image: Volume, wanted: Wanted) -> tuple[Path, ...]:
+    """Gives the files of the DICOM series that the DICOM-SEG of an image will refer to; none where none is wanted.
+
+    Raises:
+        MedmomError: The image is no DICOM series and none is named, or the one that is named lies on another grid.
+    """
+    if not wanted.dicom_seg:
+        return ()
+    if wanted.reference is None:
+        if not image.series:
+            raise MedmomError(
+                f"{image.path}: a DICOM-SEG lies on a DICOM series, and this is none. Name one by --reference-series."
+            )
+        return image.series
+    ours, theirs = (grid.reoriented("RAS") for grid in (image.geometry, read_geometry(wanted.reference)))
+    if not theirs.is_close(ours, tolerance=0.05 * min(ours.spacing)):
+        raise MedmomError(
+            f"{wanted.reference}: another grid than {image.path}, whatever the order of their axes. Name the series "
+            "that the image was made from."
+        )
+    return tuple(content_files(wanted.reference))

@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from medmom.data.atomic import atomic_file
 from medmom.data.case import CaseFiles
-from medmom.data.files import stem
+from medmom.data.dicom_seg import write_dicom_seg
+from medmom.data.files import Volume, stem
 from medmom.errors import MedmomError
-from medmom.inference.extras import Wanted
+from medmom.inference.entropy_file import EntropyFile
+from medmom.inference.extras import Wanted, source_slices
 from medmom.inference.faults import fault_of
 from medmom.inference.footprint import peak
 from medmom.inference.inputs import asks_for_validation, find_inputs, validation_cases
@@ -25,7 +27,7 @@ from medmom.inference.manifest import device_in_words, input_hashes
 from medmom.inference.outputs import Outputs, claimed, plan_outputs, sweep, write_prediction
 from medmom.inference.predictor import Given, Prediction, Predictor, Settings
 from medmom.inference.preview import preview
-from medmom.inference.probability_files import ProbabilityFiles
+from medmom.inference.probability_files import ProbabilityFiles, SlabFiles
 from medmom.inference.ranks import deal, device_of, find_ranks, stopped_in_order
 from medmom.inference.run_log import Gathered, RunLog
 from medmom.inference.skipping import is_done, read_sidecar
@@ -68,7 +70,7 @@ class Predicted(NamedTuple):
 
 
 def predict(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     inputs: Sequence[str | Path],
     out: str | Path,
     *,
@@ -86,7 +88,7 @@ def predict(
     wrote is replaced; no other file is. Under ``torchrun`` or ``srun`` each process does its share of the cases.
 
     Args:
-        model: A run folder or model package.
+        model: A run folder or model package; several are an ensemble (see ``Predictor``).
         inputs: Files, folders, globs and CSV files (see ``find_inputs``).
         out: A ``.nii.gz`` or ``.nii`` file (``.png`` of a picture) for one case, else a folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
@@ -102,13 +104,14 @@ def predict(
         MedmomError: Model, device, inputs or output cannot be used, or the only case fails.
     """
     ranks, wanted = find_ranks(), wanted or Wanted()
-    predictor = Predictor(model, device=device_of(device, ranks), settings=settings)
-    is_validation = asks_for_validation(inputs, fold)
-    num_channels = len(predictor.package.channels)
-    cases = validation_cases(model) if is_validation else find_inputs(inputs, num_channels)
+    models = [model] if isinstance(model, str | Path) else list(model)
+    predictor = Predictor(models, device=device_of(device, ranks), settings=settings)
+    cases = _cases(models, inputs, fold, len(predictor.package.channels))
+    if wanted.reference is not None and len(cases) > 1:
+        raise MedmomError(f"{wanted.reference}: one reference series for {len(cases)} images. Predict them apart.")
     outputs = plan_outputs(cases, Path(out), wanted=wanted, classes=predictor.labels.names, ranks=ranks)
     is_only = len(cases) == 1 and ranks.world_size == 1
-    road = _Road(predictor, cases, outputs, wanted, _about(model, predictor), is_only=is_only)
+    road = _Road(predictor, cases, outputs, wanted, _about(models, predictor), is_only=is_only)
     sweep(outputs.predictions[0].parent)
     outcomes: list[Outcome] = []
     log = RunLog(outputs, cases, road.about, settings=road.settings, device=road.device, ranks=ranks)
@@ -132,12 +135,16 @@ def _walked(road: _Road, mine: Sequence[int], *, quiet: bool) -> Iterator[Told]:
 class _Read:
     given: Given
     inputs: list[dict[str, str]]
+    series: tuple[Path, ...]
+    """Files of the DICOM series that a DICOM-SEG will refer to."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Segmented:
     prediction: Prediction
-    inputs: list[dict[str, str]]
+    read: _Read
+    claim: ExitStack
+    """Puts back what was there before, where the case fails."""
     begun: ExitStack
     """Files of this case that were begun, and appear or vanish at its end."""
 
@@ -169,25 +176,27 @@ class _Road:
         case, path = self.cases[index], self.outputs.predictions[index]
         try:
             if self.wanted.skip_existing:
-                checksum, also = self.predictor.package.checksum, self.outputs.also(index)
+                checksum, also = self.predictor.checksum, self.outputs.also(index)
                 if is_done(case, path, checksum=checksum, settings=self.settings, also=also):
                     return Outcome(case, path, None, skipped=True), read_sidecar(path)
             given = self.predictor.read(case.images)
-            return _Read(given, input_hashes(case.images))
+            return _Read(given, input_hashes(case.images), source_slices(given.image, self.wanted))
         except (MedmomError, OSError, MemoryError) as error:
             return self._failed(case, error)
 
     def segment(self, index: int, case: _Read | Told, *, quiet: bool) -> _Segmented | Told:
-        """Runs the network; probabilities are written as they come."""
+        """Runs the network; probabilities and entropy are written as they come."""
         if not isinstance(case, _Read):
             return case
         try:
-            with ExitStack() as begun:
-                sink = None
-                if self.wanted.probabilities is not None:
-                    sink = self._probability_files(index, case, begun).write
-                prediction = self.predictor.segment(case.given, quiet=quiet, probabilities=sink)
-                return _Segmented(prediction, case.inputs, begun.pop_all())
+            with ExitStack() as claim, ExitStack() as begun:
+                files = self._slab_files(index, case.given.image)
+                if files:
+                    path, also = self.outputs.predictions[index], self.outputs.also(index)
+                    claim.enter_context(claimed(path, self._sidecar(self.cases[index]), also=also))
+                sinks = {kind: begun.enter_context(file).write for kind, file in files.items()}
+                prediction = self.predictor.segment(case.given, quiet=quiet, **sinks)
+                return _Segmented(prediction, case, claim.pop_all(), begun.pop_all())
         except (MedmomError, OSError) as error:
             return self._failed(self.cases[index], error)
 
@@ -199,9 +208,9 @@ class _Road:
         found, extras = case.prediction, self.outputs.extras[index]
         try:
             # Whatever fails from here on, the files that were begun go with it.
-            with case.begun:
+            with case.claim, case.begun:
                 about = self._sidecar(files) | {
-                    "inputs": case.inputs,
+                    "inputs": case.read.inputs,
                     "seconds": dict(found.seconds),
                     "peak_ram_mib": round(peak() / 2**20),
                     "statistics": found.statistics,
@@ -210,18 +219,31 @@ class _Road:
                     if extras.preview is not None:
                         with atomic_file(extras.preview) as stream:
                             stream.write(preview(found.label, found.image, found.labels))
+                    if extras.dicom_seg is not None:
+                        write_dicom_seg(
+                            extras.dicom_seg,
+                            found.label,
+                            found.labels,
+                            found.image.geometry,
+                            case.read.series,
+                            model=self.predictor.checksum,
+                        )
+                    # They get their names now: the sidecar of the label map, the last of all, vouches for them.
+                    case.begun.close()
                     told = write_prediction(path, found.label, found.labels, found.image, about, also=also)
         except (MedmomError, OSError, MemoryError) as error:
             return self._failed(files, error)
         return Outcome(files, path, None), told
 
-    def _probability_files(self, index: int, case: _Read, begun: ExitStack) -> ProbabilityFiles:
-        path, kind = self.outputs.predictions[index], self.wanted.probabilities
-        assert kind is not None
-        begun.enter_context(claimed(path, self._sidecar(self.cases[index]), also=self.outputs.also(index)))
-        return begun.enter_context(
-            ProbabilityFiles(path.parent, stem(path), self.predictor.labels, case.given.image, kind=kind)
-        )
+    def _slab_files(self, index: int, image: Volume) -> dict[str, SlabFiles]:
+        """Files that are written while the network runs, by what they take."""
+        path, kind, files = self.outputs.predictions[index], self.wanted.probabilities, dict[str, SlabFiles]()
+        place = (path.parent, stem(path))
+        if kind is not None:
+            files["probabilities"] = ProbabilityFiles(*place, self.predictor.labels, image, kind=kind)
+        if self.wanted.entropy:
+            files["entropy"] = EntropyFile(*place, image)
+        return files
 
     def _sidecar(self, case: CaseFiles) -> dict[str, Any]:
         return {
@@ -276,15 +298,30 @@ def _overlapped(
             yield behind.result()
 
 
-def _about(model: str | Path, predictor: Predictor) -> dict[str, Any]:
+def _cases(models: Sequence[str | Path], inputs: Sequence[str | Path], fold: str | None, count: int) -> list[CaseFiles]:
+    """What is to be segmented by models that take so many channels."""
+    if not asks_for_validation(inputs, fold):
+        return find_inputs(inputs, count)
+    if len(models) > 1:
+        raise MedmomError(
+            f"{models[1]}: besides --fold; the validation cases of one model are training cases of another. "
+            "Score an ensemble on cases that none has seen."
+        )
+    return validation_cases(models[0])
+
+
+def _about(models: Sequence[str | Path], predictor: Predictor) -> dict[str, Any]:
     package = predictor.package
-    return {
-        "labels": package.labels.as_dict(),
-        "model": {
-            "path": str(Path(model).resolve()),
-            "network": type(package.network).__name__,
-            "checksum": package.checksum,
-            "overlap": predictor.settings.overlap,
-            "evaluation": package.recipe.get("evaluation", {}),
-        },
+    about = {
+        "path": str(Path(models[0]).resolve()),
+        "network": type(package.network).__name__,
+        "checksum": predictor.checksum,
+        "overlap": predictor.settings.overlap,
+        "evaluation": package.recipe.get("evaluation", {}),
     }
+    if len(models) > 1:
+        about["members"] = [
+            {"path": str(Path(path).resolve()), "network": type(each.network).__name__, "checksum": each.checksum}
+            for path, each in zip(models, predictor.packages, strict=True)
+        ]
+    return {"labels": package.labels.as_dict(), "model": about}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 from medmom.inference.body import body_mask
 from medmom.inference.cells import Scores
-from medmom.inference.kinds import check_kind
+from medmom.inference.kinds import check_kind, check_working_grid
 from medmom.inference.members import as_one, check_members, common_cleanup, mirror_axes, preparations
 from medmom.inference.memory import plan_stream, step_down
 from medmom.inference.restore import Restorer, Sink
@@ -39,9 +38,6 @@ from medmom.models.sizes import times
 from medmom.package import load_package
 
 logger = logging.getLogger(__name__)
-
-MAX_VOXELS = 2**31
-"""Largest working grid; a coarser image than the model was made for could ask for any size."""
 
 
 @dataclass(frozen=True)
@@ -359,12 +355,7 @@ class Predictor:
                 f"{image.path}: the number of image channels is {found}, the model takes {len(names)} "
                 f"({', '.join(names)}). {mend}"
             )
-        shape = working_geometry(self.package.preparation, image.geometry).shape
-        if math.prod(shape) > MAX_VOXELS:
-            raise MedmomError(
-                f"{image.path}: {times(shape)} voxels at the model's spacing {self.package.preparation.spacing} mm. "
-                "Crop the image, and check the spacing in its header."
-            )
+        check_working_grid(image.path, self.package.preparation, image.geometry)
 
     def _too_large(self, given: Given) -> MedmomError:
         return MedmomError(
