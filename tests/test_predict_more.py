@@ -159,3 +159,11 @@ def test_scores_are_written_for_tools_of_nnunet(models: list[Path], scan: Path, 
     told = json.loads(summary.read_text())
     assert set(told) == {"foreground_mean", "mean", "metric_per_case"}
     assert {row["Dice"] for row in told["mean"].values() if row["Dice"] == row["Dice"]} == {1.0}
+
+
+def test_label_maps_do_not_go_among_the_slices(
+    models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_series(tmp_path / "ct", example_voxels(SHAPE), affine_of("LPS"))
+    assert run("predict", models[0], tmp_path / "ct", "--out", tmp_path / "ct") == 2
+    assert "the folder of the input ct" in capsys.readouterr().err

@@ -17,8 +17,7 @@ from monai.transforms import Compose
 from tqdm import tqdm
 
 from medmom.data.case import Case, CaseFiles, read_case
-from medmom.data.files import stem
-from medmom.data.nifti import HEADER_SUFFIXES, VOXEL_SUFFIXES, suffix
+from medmom.data.files import content_files
 from medmom.data.preparation import Preparation
 from medmom.data.transforms import PrepareCased, ReadCased, to_case
 from medmom.errors import MedmomError
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LAYOUT = 1
+LAYOUT = 2
 """Number of the layout of an entry; raise it when what is stored changes."""
 
 NUM_LOCATIONS = 10_000
@@ -153,7 +152,7 @@ class Entry:
     def of(cls, folder: Path, files: CaseFiles, labels: Labels, *settings: dict[str, Any]) -> Self:
         """Names the entry of a case by its files, labels and settings."""
         paths = [*files.images, *([files.label] if files.label else [])]
-        sources = [_identity(half) for path in paths for half in halves(path)]
+        sources = [_identity(half) for path in paths for half in content_files(path)]
         key = json.dumps([LAYOUT, sources, files.annotated, labels.as_dict(), *settings], sort_keys=True)
         return cls(folder / hashlib.sha256(key.encode()).hexdigest()[:24])
 
@@ -205,14 +204,6 @@ class Entry:
                 f"{self.folder.parent}: the cache cannot be written ({error.strerror or error}); "
                 "free some space, or name another folder with --data.cache."
             ) from error
-
-
-def halves(path: Path) -> list[Path]:
-    """The file itself, or both files of a ``.hdr``/``.img`` pair."""
-    pair = (*HEADER_SUFFIXES, *VOXEL_SUFFIXES)
-    if suffix(path) not in pair or not path.parent.is_dir():
-        return [path]
-    return sorted(other for other in path.parent.iterdir() if suffix(other) in pair and stem(other) == stem(path))
 
 
 def _identity(path: Path) -> list[str | int]:

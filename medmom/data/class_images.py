@@ -15,11 +15,11 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from medmom.data.cache import Entry, halves
+from medmom.data.cache import Entry
 from medmom.data.case import Case
 from medmom.data.casefiles import CaseFiles
 from medmom.data.class_items import open_items, read_item, unpack_items
-from medmom.data.files import read_images
+from medmom.data.files import content_files, read_images
 from medmom.data.nifti import HEADER_SUFFIXES, VOXEL_SUFFIXES, suffix
 from medmom.data.preparation import Preparation, prepare
 from medmom.errors import MedmomError
@@ -136,7 +136,7 @@ def identity(files: CaseFiles) -> list[str | int | None]:
     """
     found: list[str | int | None] = [files.item]
     for path in files.images:
-        for half in halves(path):
+        for half in content_files(path):
             try:
                 stat = half.stat()
             except OSError as error:

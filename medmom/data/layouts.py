@@ -141,11 +141,19 @@ def _decathlon(folder: Path, dataset: Dataset) -> Layout:
 
 def _split_files(images: tuple[Path, ...], num_channels: int) -> tuple[Path, ...]:
     """Follows nnU-Net's first version, whose list leaves out the ``_0000`` of the files on disk."""
-    if len(images) > 1 or images[0].exists():
+    if len(images) > 1 or _is_there(images[0]):
         return images
     ending = images[0].name[len(stem(images[0])) :]
     split = tuple(images[0].with_name(f"{stem(images[0])}_{k:04d}{ending}") for k in range(num_channels))
-    return split if split[0].exists() else images
+    return split if _is_there(split[0]) else images
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # A name that the disk refuses: reading the case will say so.
+        return False
 
 
 def _gather(

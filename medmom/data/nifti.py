@@ -81,7 +81,7 @@ def open_nifti(path: Path) -> NiftiFile:
     """
     with _readable(path):
         if path.is_dir():
-            raise MedmomError(f"{path}: a folder, not an image file. Give a NIfTI file; convert DICOM with dcm2niix.")
+            raise MedmomError(f"{path}: a folder, not an image file. Give an image file.")
         if not path.is_file():
             raise MedmomError(f"{path}: no such file. Check the path.")
         header_path, voxel_path = _pair(path)

@@ -71,7 +71,9 @@ def check_folder(out: Path, cases: Sequence[CaseFiles]) -> None:
     for case in cases:
         if Path(case.name).name != case.name or RESERVED.fullmatch(case.name):
             raise MedmomError(f"{case.images[0]}: a prediction cannot be named {case.name!r}. Rename the case.")
-        if out.is_dir() and any(path.parent.is_dir() and out.samefile(path.parent) for path in case.images):
+        # A Path would raise on names that the disk refuses.
+        folders = [path if os.path.isdir(path) else path.parent for path in case.images]  # noqa: PTH112
+        if out.is_dir() and any(folder.is_dir() and out.samefile(folder) for folder in folders):
             raise MedmomError(
                 f"{out}: the folder of the input {case.images[0].name}; predictions have the names of their images. "
                 "Name another folder."

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -144,8 +145,14 @@ def _job(environment: ClusterEnvironment) -> str:
     return str(environment.main_port) if isinstance(environment, TorchElasticEnvironment) else ""
 
 
+def _bytes(path: Path) -> int:
+    """Of a file, or of those in the folder of a DICOM series."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
 def _size(case: CaseFiles) -> int | None:
     try:
-        return sum(path.stat().st_size for path in case.images)
+        return sum(_bytes(path) for path in case.images)
     except OSError:
         return None
