@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line: exit code 0, or 2 with one line for what the user can mend."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "predict" and not any(word.startswith("-") for word in rest):
+        # argparse ends the list of inputs at the first option after the model.
+        options.inputs, rest = [*options.inputs, *rest], []
     if rest and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(
@@ -158,9 +161,7 @@ def _add_predict(rooms: Any) -> None:
     segment.add_argument(
         "--with", type=Path, action="append", default=[], metavar="MODEL", help="average with this model; repeatable"
     )
-    segment.add_argument(
-        "--dicom-seg", action="store_true", help="a DICOM Segmentation too, for each DICOM series"
-    )
+    segment.add_argument("--dicom-seg", action="store_true", help="a DICOM Segmentation too, for each DICOM series")
     segment.add_argument(
         "--reference-series", type=Path, metavar="SERIES", help="the DICOM series of the one image, for its DICOM-SEG"
     )

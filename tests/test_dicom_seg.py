@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -381,7 +382,7 @@ def test_extra_is_named_where_it_is_missing(
     tmp_path: Path, series: tuple[list[Path], Geometry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, geometry = series
-    monkeypatch.setitem(__import__("sys").modules, "highdicom", None)
+    monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(MedmomError, match=r"pip install 'medmom\[dicom\]'"):
         write_dicom_seg(tmp_path / "seg.dcm", label_map(geometry.shape), LABELS, geometry, files, model=MODEL)
 

@@ -66,7 +66,8 @@ def test_models_are_averaged_and_named(models: list[Path], scan: Path, tmp_path:
 def test_other_ensemble_is_another_model(
     models: list[Path], scan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ("predict", models[0], scan, "--out", tmp_path / "x.nii.gz", "--skip-existing", "--quiet")
+    # Options may stand anywhere.
+    command = ("predict", models[0], "--skip-existing", scan, "--out", tmp_path / "x.nii.gz", "--quiet")
     for words, is_there in (
         (["--with", models[1]], False),
         (["--with", models[1]], True),

@@ -36,7 +36,7 @@ def test_python_examples_run(page: str) -> None:
 
 def test_commands_are_found() -> None:
     assert {command.split()[1] for command in COMMANDS} == {
-        *("inspect", "train", "predict", "evaluate", "report", "postprocess", "export")
+        *("inspect", "train", "predict", "evaluate", "report", "postprocess", "export", "import")
     }
 
 

@@ -65,6 +65,9 @@ ALLOWED = {
     "tests/test_transfer.py": {"exec", "compile", "os.system"},
     # What a bad file would run, were it read.
     "tests/test_checkpoint.py": {"eval", "os.system"},
+    # Calls to the system that fail on request are replaced by their names.
+    "tests/test_paths.py": {"getattr of os"},
+    "tests/write_faults.py": {"getattr of os"},
     # What goes to the workers of a data loader is pickled by torch.
     "tests/test_albumented.py": {"pickle.loads"},
     "tests/test_class_module.py": {"pickle.loads"},
