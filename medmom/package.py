@@ -22,6 +22,7 @@ from medmom.labels import Labels
 from medmom.package_files import (
     DESCRIPTION,
     MEND,
+    OLD,
     SCHEMA,
     WEIGHTS,
     read_description,
@@ -224,6 +225,12 @@ def _find(path: Path) -> Path:
         raise MedmomError(f"{path}: cannot be read ({error.strerror}). Check path and permissions.") from error
     if folder is not None:
         return folder
+    for place in (path, path.parent):
+        for old in place.glob(f"{OLD}*/{DESCRIPTION}"):
+            raise MedmomError(
+                f"{path}: no model package; one whose replacement was cut off lies in {old.parent}. Rename that folder "
+                "back, if it is the one."
+            )
     if not is_there:
         raise MedmomError(f"{path}: there is no such folder. Give a run folder or a model package.")
     if (path / "split.json").is_file():

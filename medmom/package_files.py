@@ -21,6 +21,9 @@ SCHEMA = 1
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 
+OLD = ".old-"
+"""Start of the name that a package has while another takes its place."""
+
 MEND = "Copy it again from its source, or write it anew with medmom train."
 
 
@@ -110,7 +113,7 @@ def _plain(value: Any) -> Any:
 def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files beside ``folder`` and lets it take its place."""
     folder = folder.absolute()
-    draft, old = (folder.parent / f".{kind}-{secrets.token_hex(4)}" for kind in ("draft", "old"))
+    draft, old = (folder.parent / f"{start}{secrets.token_hex(4)}" for start in (".draft-", OLD))
     try:
         if folder.exists() and {path.name for path in folder.iterdir()} - {WEIGHTS, DESCRIPTION}:
             raise MedmomError(f"{folder}: holds other files than a model package. Name another folder.")

@@ -438,3 +438,11 @@ def test_classifier_with_a_cleanup_is_refused(tmp_path: Path) -> None:
     rewrite(folder, cleanup=CLEANUP)
     with pytest.raises(MedmomError, match="a cleanup of label maps for classes of images"):
         load_package(folder)
+
+
+def test_package_whose_replacement_was_cut_off_is_found(tmp_path: Path) -> None:
+    model = save_classifier(tmp_path / "run" / "model")
+    model.rename(tmp_path / "run" / ".old-1234abcd")
+    for path in (tmp_path / "run", model):
+        with pytest.raises(MedmomError, match=r"one whose replacement was cut off lies in .*\.old-1234abcd\. Rename"):
+            load_package(path)
