@@ -139,7 +139,7 @@ def _add_predict(rooms: Any) -> None:
     )
     command = _command(rooms, "predict", text, "segment images, each on its own grid, or classify them")
     command.add_argument("model", type=Path, help="run folder or model package")
-    command.add_argument("inputs", nargs="*", help="files, folders, DICOM series, patterns, CSV files with a column image")
+    command.add_argument("inputs", nargs="*", help="files, folders, DICOM series, patterns, CSV tables")
     command.add_argument(
         "--out", type=Path, required=True, help="a file for one input, else a folder; to classify: a .csv file"
     )
