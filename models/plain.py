@@ -8,7 +8,7 @@ from torch import Tensor, cat, nn
 
 from medmom.models.blocks import ConvNormAct, convolution, initialise, upsampling
 from medmom.models.recompute import is_traced
-from medmom.models.sizes import check_image, check_stages, times
+from medmom.models.sizes import check_bottleneck, check_stages
 
 
 class PlainUNet(nn.Module):
@@ -123,13 +123,7 @@ class PlainUNet(nn.Module):
         Raises:
             ValueError: As for ``forward``.
         """
-        cells = check_image(image, self._shape["in_channels"], self.divisor)
-        if prod(cells) == 1:
-            # Instance normalisation of one voxel is 0, whatever the image; torch refuses it deep inside.
-            raise ValueError(
-                f"{times(image.shape[2:])} leaves one voxel at the bottleneck, where nothing can be normalised; "
-                f"the next size is {times([2 * edge for edge in image.shape[2:]])}."
-            )
+        check_bottleneck(image, self._shape["in_channels"], self.divisor)
 
 
 def _stack(

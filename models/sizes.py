@@ -1,6 +1,7 @@
 """Sizes of networks and images: what makes a network, and which images it takes."""
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor
 
@@ -60,3 +61,22 @@ def check_image(image: Tensor, in_channels: int, divisor: Sequence[int]) -> tupl
         by = divisor[:1] if len(set(divisor)) == 1 else divisor
         raise ValueError(f"{times(size)} is not divisible by {times(by)}; the next size is {times(legal)}.")
     return cells
+
+
+def check_bottleneck(image: Tensor, in_channels: int, divisor: Sequence[int]) -> None:
+    """Refuses an image that a U-Net with instance normalisation does not take.
+
+    Args:
+        image: As of ``check_image``.
+        in_channels: As of ``check_image``.
+        divisor: As of ``check_image``.
+
+    Raises:
+        ValueError: As ``check_image``; or a single voxel would be left where the image is smallest.
+    """
+    if prod(check_image(image, in_channels, divisor)) == 1:
+        # Instance normalisation of one voxel is 0, whatever the image; torch refuses it deep inside.
+        raise ValueError(
+            f"{times(image.shape[2:])} leaves one voxel at the bottleneck, where nothing can be normalised; "
+            f"the next size is {times([2 * edge for edge in image.shape[2:]])}."
+        )

@@ -10,7 +10,7 @@ from medmom.models.blocks import ConvNormAct, Norm, convolution, initialise, ups
 from medmom.models.encoder import Block, EncoderNetwork, MomentumEncoder, NetworkMemory, Velocity
 from medmom.models.gates import Coupling, Gating
 from medmom.models.recompute import checkpointed, is_traced
-from medmom.models.sizes import check_image, check_stages, times
+from medmom.models.sizes import check_bottleneck, check_stages
 
 
 class DecoderStage(nn.Module):
@@ -193,10 +193,4 @@ class MomentumUNet(EncoderNetwork):
             ValueError: It has other axes or channels, a size the strides do not divide, or one that leaves a single
                 voxel at the bottleneck.
         """
-        cells = check_image(image, self._shape["in_channels"], self.divisor)
-        if prod(cells) == 1:
-            # Instance normalisation of one voxel is 0, whatever the image; torch refuses it deep inside.
-            raise ValueError(
-                f"{times(image.shape[2:])} leaves one voxel at the bottleneck, where nothing can be normalised; "
-                f"the next size is {times([2 * edge for edge in image.shape[2:]])}."
-            )
+        check_bottleneck(image, self._shape["in_channels"], self.divisor)
