@@ -353,6 +353,22 @@ def test_what_is_no_volume_is_left_out_with_a_line(tmp_path: Path, caplog: pytes
     assert "a DICOM structured report (SR), not an image" in refusal(tmp_path / "a" / "object1.dcm")
 
 
+def test_what_is_no_volume_of_a_study_is_left_out_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_series(tmp_path / "study" / "ct", example_voxels(), AXIAL)
+    for inner in ("others", "more"):
+        files = write_series(tmp_path / "study" / inner, example_voxels(), AXIAL)
+        add_others(tmp_path / "study" / inner)
+        for file in files:
+            file.unlink()
+    write_series(tmp_path / "study" / "uneven", example_voxels(), AXIAL, change=REFUSED["uneven"][0])
+    with caplog.at_level(logging.INFO):
+        cases = find_inputs([tmp_path / "study"], 1)
+    assert [case.name for case in cases] == ["ct", "uneven"]
+    assert f"{tmp_path / 'study'}: left out, no volumes: 2 single image" in caplog.text
+    # Alone they are asked for, and refused when they are read.
+    assert find_inputs([tmp_path / "study" / "others"], 1)
+
+
 def test_several_series_in_one_folder_are_several_cases(tmp_path: Path) -> None:
     folder = tmp_path / "scan"
     for number in (3, 11):

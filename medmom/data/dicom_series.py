@@ -6,6 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -71,11 +72,27 @@ def find_series(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     every = _all_series(folder)
     chosen = _volumes(every)
-    left = Counter(series.kind for series in every if series not in chosen)
-    if left:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
-        logger.info("%s: left out, no volumes: %s.", folder, kinds)
+    _tell_left_out(folder, [series for series in every if series not in chosen])
     return [folder] if len(chosen) == 1 else [series.files[0].path for series in chosen]
+
+
+def volumes_of_study(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """Leaves out series that are no volumes, where others of a study are, and tells it as ``find_series`` does.
+
+    Args:
+        folder: Of the study, for the line.
+        paths: What ``find_series`` gave for the folders in it; one that cannot be read stays.
+    """
+    others: dict[Path, Series] = {}
+    for path in paths:
+        # Reading the case will name what is wrong.
+        with suppress(MedmomError):
+            if not (series := series_at(path)).is_volume:
+                others[path] = series
+    if len(others) == len(paths):
+        return list(paths)
+    _tell_left_out(folder, list(others.values()))
+    return [path for path in paths if path not in others]
 
 
 def series_paths(folder: str | Path) -> dict[str, Path]:
@@ -139,6 +156,12 @@ def series_name(path: str | Path) -> str:
     number = _plain(series.files[0].number)
     twins = [other for other in chosen if _plain(other.files[0].number) == number and not other.is_multiframe]
     return f"{folder}_{number}" if len(twins) == 1 else f"{folder}_{number}-{twins.index(series) + 1}"
+
+
+def _tell_left_out(folder: Path, left: Sequence[Series]) -> None:
+    counts = sorted(Counter(series.kind for series in left).items())
+    if counts:
+        logger.info("%s: left out, no volumes: %s.", folder, ", ".join(f"{count} {kind}" for kind, count in counts))
 
 
 def _own_name(folder: Path) -> str:

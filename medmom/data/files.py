@@ -11,7 +11,7 @@ import numpy as np
 
 from medmom.data.atomic import atomic_file, read_json, write_json, write_text
 from medmom.data.dicom import read_series, series_files, series_geometry
-from medmom.data.dicom_series import find_series, is_dicom, series_name, series_paths
+from medmom.data.dicom_series import find_series, is_dicom, series_name, series_paths, volumes_of_study
 from medmom.data.header import spell_edges
 from medmom.data.itk import is_itk, itk_files, open_itk, read_itk, read_itk_label
 from medmom.data.masks import named_values, read_mask, write_mask
@@ -48,6 +48,7 @@ __all__ = [
     "series_name",
     "series_paths",
     "stem",
+    "volumes_of_study",
     "write_json",
     "write_label",
     "write_text",

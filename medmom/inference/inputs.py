@@ -20,6 +20,7 @@ from medmom.data.files import (
     series_name,
     series_paths,
     stem,
+    volumes_of_study,
 )
 from medmom.errors import MedmomError
 from medmom.inference.table_inputs import cases_of_table, is_case_table
@@ -148,7 +149,7 @@ def _images(folder: Path) -> list[Path]:
     shown = [path for path in entries if _is_shown(path) and not path.is_dir()]
     images = [path for path in shown if not is_series(path)]
     images += _series_in(folder) if len(images) < len(shown) else []
-    images = images or _series_below(folder, MAX_DEPTH)
+    images = images or volumes_of_study(folder, _series_below(folder, MAX_DEPTH))
     if images:
         return images
     below = [path for path in entries if path.is_dir() and any(map(_is_shown, path.iterdir()))]
