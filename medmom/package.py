@@ -285,6 +285,9 @@ def _build(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> nn.M
     kind = getattr(models, data["name"]) if data["name"] in models.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"no network {data['name']!r} in medmom {__version__}; update medmom")
+    # Without memory first: the arguments could ask for any.
+    with torch.device("meta"):
+        kind(**data["arguments"]).load_state_dict(weights, strict=True, assign=True)
     # First weights are drawn and thrown away: the caller's random numbers must not notice.
     with torch.random.fork_rng(devices=[]):
         network: nn.Module = kind(**data["arguments"])

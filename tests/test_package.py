@@ -446,3 +446,12 @@ def test_package_whose_replacement_was_cut_off_is_found(tmp_path: Path) -> None:
     for path in (tmp_path / "run", model):
         with pytest.raises(MedmomError, match=r"one whose replacement was cut off lies in .*\.old-1234abcd\. Rename"):
             load_package(path)
+
+
+def test_network_that_is_larger_than_its_weights_is_refused_without_its_memory(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "model")
+    network = json.loads((folder / "model.json").read_text())["network"]
+    huge = [count * 10**5 for count in network["arguments"]["channels"]]
+    rewrite(folder, network={**network, "arguments": {**network["arguments"], "channels": huge}})
+    with pytest.raises(MedmomError, match=r"does not fit together \(.*size mismatch"):
+        load_package(folder)

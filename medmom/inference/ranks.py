@@ -154,5 +154,5 @@ def _bytes(path: Path) -> int:
 def _size(case: CaseFiles) -> int | None:
     try:
         return sum(_bytes(path) for path in case.images)
-    except OSError:
+    except (OSError, ValueError):
         return None
