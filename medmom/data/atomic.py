@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,6 +103,32 @@ def put_back(paths: Iterable[str | Path]) -> Iterator[None]:
             if second not in (None, path):
                 with suppress(OSError):
                     second.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Gives the place of a draft, not made yet, that becomes ``folder`` when the work ends; nothing where it fails.
+
+    Args:
+        folder: It must be new, or empty.
+
+    Raises:
+        MedmomError: The folder exists and holds something, or is a file, or cannot be written.
+    """
+    folder = Path(folder)
+    draft = folder.absolute().parent / f".draft-{secrets.token_hex(4)}"
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise MedmomError(f"{folder}: exists and is not an empty folder. Remove it, or name another output.")
+        yield draft
+        # An empty folder may be in the way; a rename replaces it, but not on Windows.
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder.absolute())
+    except OSError as error:
+        raise MedmomError(f"{folder}: cannot be written ({error.strerror}). Choose another place.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _second_name(path: Path) -> Path | None:

@@ -11,7 +11,8 @@ import numpy as np
 from medmom.data.dicom_grid import Plane, grid_of
 from medmom.data.dicom_headers import FileHeader
 from medmom.data.dicom_series import series_at
-from medmom.data.foreign import as_channels, compact_type, import_reader
+from medmom.data.foreign import as_channels, import_reader
+from medmom.data.voxels import compact_type
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 
@@ -74,7 +75,7 @@ def series_files(path: Path) -> list[Path]:
 def _stacked(path: Path, planes: Sequence[Plane], shape: tuple[int, ...], *, compact: bool) -> np.ndarray:
     """Fills an array (Z, Y, X) plane by plane; integers widen where a plane needs it."""
     whole = compact and all(plane.frame.slope == 1 and plane.frame.intercept.is_integer() for plane in planes)
-    bytes_each = planes[0].file.bits // 8
+    stored = np.dtype(f"u{planes[0].file.bits // 8}")
     array, kind = np.empty(0, dtype=np.float32), np.dtype(np.float32)
     # Every type holds 0.
     low, high = 0, 0
@@ -85,7 +86,7 @@ def _stacked(path: Path, planes: Sequence[Plane], shape: tuple[int, ...], *, com
             kind = np.dtype(np.float32)
         else:
             low, high = min(low, int(pixels.min())), max(high, int(pixels.max()))
-            kind = compact_type(low, high, bytes_each) or np.dtype(np.float32)
+            kind = compact_type(stored, low, high) or np.dtype(np.float32)
         if not array.size:
             array = np.empty(shape[::-1], dtype=kind)
         elif array.dtype != kind:

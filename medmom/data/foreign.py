@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 
 from medmom.data.header import DAMAGED, grid_and_channels
-from medmom.data.voxels import COMPACT
+from medmom.data.voxels import checked_finite, compact_type
 from medmom.errors import MedmomError
 from medmom.geometry import Geometry
 
@@ -89,26 +89,9 @@ def as_channels(path: Path, raw: np.ndarray, *, compact: bool) -> np.ndarray:
         MedmomError: A voxel is not finite as float32.
     """
     if compact and raw.dtype.kind in "iu":
-        low, high = int(raw.min()), int(raw.max())
-        is_small = raw.dtype in COMPACT and raw.dtype.itemsize <= 2
-        kind = raw.dtype if is_small else compact_type(low, high, raw.dtype.itemsize)
+        kind = compact_type(raw.dtype, int(raw.min()), int(raw.max()))
         if kind is not None:
             return raw.astype(kind, copy=False)
     with np.errstate(over="ignore", invalid="ignore"):
         array = raw.astype(np.float32, order="K" if compact else "C", copy=False)
-    # Both carry nan and infinity out without an array of flags.
-    if not np.isfinite((array.min(), array.max())).all():
-        count = int(np.count_nonzero(~np.isfinite(array)))
-        raise MedmomError(
-            f"{path}: {count} voxels are NaN, infinite or beyond 32-bit range. Replace them and save again."
-        )
-    return array
-
-
-def compact_type(low: int, high: int, itemsize: int = 2) -> np.dtype[Any] | None:
-    """The type to hold values from ``low`` to ``high``: of one or two bytes where ``itemsize`` is so many and one does.
-
-    Else the smallest; None beyond 32 bits.
-    """
-    fitting = [kind for kind in COMPACT if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
-    return min(fitting, key=lambda kind: itemsize <= 2 and kind.itemsize != itemsize) if fitting else None
+    return checked_finite(path, array)

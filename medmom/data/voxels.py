@@ -47,11 +47,11 @@ def compact_intensities(file: NiftiFile) -> np.ndarray:
         raw = raw.byteswap(inplace=True).view(raw.dtype.newbyteorder("="))
     if raw.dtype.kind in "iu" and slope == 1 and inter.is_integer() and abs(inter) <= 2**31:
         low, high = int(raw.min()) + int(inter), int(raw.max()) + int(inter)
-        kind = _integer_type(raw.dtype, low, high)
+        kind = compact_type(raw.dtype, low, high)
         if kind is not None:
             return _shifted(raw, int(inter), kind)
     if raw.dtype == np.float32 and (slope, inter) == (1.0, 0.0):
-        return _finite(file.path, raw)
+        return checked_finite(file.path, raw)
     return _scaled(file.path, _like_stored(raw, np.float32), raw, slope, inter)
 
 
@@ -93,6 +93,32 @@ def whole_numbers(path: Path, raw: np.ndarray, slope: float = 1.0, inter: float 
     return whole.astype(np.promote_types(np.min_scalar_type(low), np.min_scalar_type(high)))
 
 
+def checked_finite(path: Path, array: np.ndarray) -> np.ndarray:
+    """Gives float32 voxels as they are.
+
+    Raises:
+        MedmomError: A voxel is not finite.
+    """
+    # Both carry nan and infinity out without an array of flags.
+    if not np.isfinite((array.min(), array.max())).all():
+        count = int(np.count_nonzero(~np.isfinite(array)))
+        raise MedmomError(
+            f"{path}: {count} voxels are NaN, infinite or beyond 32-bit range. Replace them and save again."
+        )
+    return array
+
+
+def compact_type(stored: np.dtype[Any], low: int, high: int) -> np.dtype[Any] | None:
+    """Gives the type to hold values from ``low`` to ``high``: where a small one's bytes suffice, it keeps them.
+
+    Else the smallest; None beyond 32 bits.
+    """
+    fitting = [kind for kind in COMPACT if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
+    if stored.itemsize <= 2:
+        fitting.sort(key=lambda kind: (kind.itemsize != stored.itemsize, kind != stored))
+    return fitting[0] if fitting else None
+
+
 def _channels(file: NiftiFile) -> tuple[np.ndarray, float, float]:
     """Gives the stored voxels with channels first, shape (C, X, Y, Z), without a copy; slope; intercept."""
     raw, slope, inter = read_voxels(file)
@@ -113,25 +139,7 @@ def _scaled(path: Path, array: np.ndarray, raw: np.ndarray, slope: float, inter:
                 part = stored[..., start : start + SLAB]
                 scaled = part if (slope, inter) == (1.0, 0.0) else part.astype(np.float64) * slope + inter
                 channel[..., start : start + SLAB] = scaled
-    return _finite(path, array)
-
-
-def _finite(path: Path, array: np.ndarray) -> np.ndarray:
-    # Both carry nan and infinity out without an array of flags.
-    if not np.isfinite((array.min(), array.max())).all():
-        count = int(np.count_nonzero(~np.isfinite(array)))
-        raise MedmomError(
-            f"{path}: {count} voxels are NaN, infinite or beyond 32-bit range. Replace them and save again."
-        )
-    return array
-
-
-def _integer_type(stored: np.dtype[Any], low: int, high: int) -> np.dtype[Any] | None:
-    """The type to hold values from ``low`` to ``high``: where a small one's bytes suffice, it keeps them."""
-    fitting = [kind for kind in COMPACT if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
-    if stored.itemsize <= 2:
-        fitting.sort(key=lambda kind: (kind.itemsize != stored.itemsize, kind != stored))
-    return fitting[0] if fitting else None
+    return checked_finite(path, array)
 
 
 def _shifted(raw: np.ndarray, shift: int, kind: np.dtype[Any]) -> np.ndarray:

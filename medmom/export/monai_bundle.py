@@ -6,8 +6,6 @@ import io
 import json
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from medmom.data.atomic import new_folder
 from medmom.errors import MedmomError
 from medmom.export.bundle_metadata import LICENSE, bundle_metadata, readme
 from medmom.export.steps import OVERLAP
@@ -55,8 +54,6 @@ def export_monai_bundle(model: str | Path, out: str | Path) -> Path:
             f"{model}: the model classifies whole images; bundles are written of models that draw label maps. "
             "Take --to onnx."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MedmomError(f"{out}: exists and is not an empty folder. Remove it, or name another output.")
     metadata, inference = bundle_metadata(package, out.resolve().name), _inference(package, package.table)
     _check_texts(package, [metadata, inference["labels"], package.channels, _arguments(package)])
     files = {
@@ -66,7 +63,8 @@ def export_monai_bundle(model: str | Path, out: str | Path) -> Path:
         "docs/README.md": readme(metadata, package).encode(),
         "LICENSE": LICENSE.encode(),
     }
-    _write_folder(out, files)
+    with new_folder(out) as draft:
+        _write(draft, files)
     return out
 
 
@@ -182,23 +180,11 @@ def _weights(package: Package) -> bytes:
     return stream.getvalue()
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files, all of them or none."""
-    folder = folder.absolute()
-    draft = folder.parent / f".draft-{secrets.token_hex(4)}"
-    try:
-        for name, content in files.items():
-            place = draft / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        # An empty folder may be in the way; a rename replaces it, but not on Windows.
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
-    except OSError as error:
-        raise MedmomError(f"{folder}: cannot be written ({error.strerror}). Choose another place.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())

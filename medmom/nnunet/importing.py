@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from medmom.checkpoint import read_checkpoint
+from medmom.data.atomic import new_folder
 from medmom.errors import MedmomError
 from medmom.models import MomentumUNet, PlainUNet, from_host, from_plain_host
 from medmom.models.sizes import times
@@ -66,21 +65,9 @@ def import_nnunet(
     if len(found) == 1:
         _import_fold(folder, *found[0], out, configuration)
         return [out]
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise MedmomError(f"{out}: exists and is not an empty folder. Remove it, or name another output.")
-        draft = out.absolute().parent / f".draft-{secrets.token_hex(4)}"
-        try:
-            for fold, path in found:
-                _import_fold(folder, fold, path, draft / f"fold_{fold}", configuration)
-            # An empty folder may be in the way; a rename replaces it, but not on Windows.
-            if out.exists():
-                out.rmdir()
-            draft.rename(out)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    except OSError as error:
-        raise MedmomError(f"{out}: cannot be written ({error.strerror}). Choose another place.") from error
+    with new_folder(out) as draft:
+        for fold, path in found:
+            _import_fold(folder, fold, path, draft / f"fold_{fold}", configuration)
     return [out / f"fold_{fold}" for fold, _ in found]
 
 
