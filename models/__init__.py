@@ -1,7 +1,9 @@
 """Momentum networks for medical images: torch and MONAI."""
 
 from medmom.models.convert import from_host, from_plain_host, to_host
+from medmom.models.factorise import to_dense, to_low_rank
 from medmom.models.joint import JointMomentumUNet
+from medmom.models.low_rank import LowRankConv, LowRankLinear
 from medmom.models.momentum import MomentumStage
 from medmom.models.paper2d import Paper2D
 from medmom.models.plain import PlainUNet
@@ -17,6 +19,7 @@ from medmom.models.presets import (
     mom3d_s,
     mom3d_sr,
     mom3d_xs,
+    mom3d_xw,
     plan_kernels_and_strides,
 )
 from medmom.models.resnet import MomentumResNet
@@ -26,6 +29,8 @@ from medmom.models.unet import MomentumUNet
 
 __all__ = [
     "JointMomentumUNet",
+    "LowRankConv",
+    "LowRankLinear",
     "MomentumResNet",
     "MomentumStage",
     "MomentumUNet",
@@ -46,6 +51,9 @@ __all__ = [
     "mom3d_s",
     "mom3d_sr",
     "mom3d_xs",
+    "mom3d_xw",
     "plan_kernels_and_strides",
+    "to_dense",
     "to_host",
+    "to_low_rank",
 ]

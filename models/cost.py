@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medmom.models.encoder import NetworkMemory
 from medmom.models.gates import LOW_PRECISION_BITS, check_reversible
+from medmom.models.low_rank import LowRankLayer
 from medmom.models.momentum import MomentumStage
 
 MEMORIES: tuple[str, ...] = get_args(NetworkMemory)
@@ -166,7 +167,9 @@ def _count_flops(network: nn.Module, image: Tensor) -> int:
 def _mix(network: nn.Module, dtype: torch.dtype) -> None:
     """Lets layers cast as autocast does on a GPU: convolutions and matrix products down, group normalisation up."""
     for part in list(network.modules()):
-        if isinstance(part, _ConvNd | nn.Linear):
+        if isinstance(part, LowRankLayer):
+            part.mixed = dtype
+        elif isinstance(part, _ConvNd | nn.Linear):
             for name in [name for name, _ in part.named_parameters(recurse=False)]:
                 parametrize.register_parametrization(part, name, _Cast(dtype), unsafe=True)
             part.register_forward_pre_hook(partial(_cast_inputs, dtype))

@@ -26,6 +26,7 @@ __all__ = [
     "mom3d_s",
     "mom3d_sr",
     "mom3d_xs",
+    "mom3d_xw",
     "plan_kernels_and_strides",
 ]
 
@@ -45,6 +46,7 @@ SIZES = {
     "mom2d_s": Size(2, (32, 64, 128, 256, 320), (1, 2, 3, 4, 4)),
     "mom2d_m": Size(2, (32, 64, 128, 256, 512, 512, 512), (1, 3, 4, 6, 6, 6, 6)),
     "mom3d_xs": Size(3, (8, 16, 32, 48), (1, 3, 3, 3)),
+    "mom3d_xw": Size(3, (8, 16, 64, 128), (1, 3, 3, 3)),
     "mom3d_s": Size(3, (32, 64, 128, 256), (1, 3, 3, 3)),
     "mom3d_sr": Size(3, (32, 64, 128, 256), (1, 3, 4, 6)),
     "mom3d_m": Size(3, (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)),
@@ -133,6 +135,18 @@ def mom3d_xs(
 ) -> MomentumUNet:
     """3-D, for the CPU: 0.64 M parameters with one channel and three classes."""
     return _build("mom3d_xs", in_channels, out_channels, (kernels, strides), options)
+
+
+def mom3d_xw(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernels: ByStage | None = None,
+    strides: ByStage | None = None,
+    **options: Unpack[Options],
+) -> MomentumUNet:
+    """3-D, for the CPU, wide where the image is small: 3.38 M parameters with one channel and three classes."""
+    return _build("mom3d_xw", in_channels, out_channels, (kernels, strides), options)
 
 
 def mom3d_s(

@@ -55,7 +55,7 @@ def test_every_preset_has_a_job_and_axes() -> None:
     known = {*SIZES, *CLASSIFIER_SIZES, "paper2d", "transnetr"}
     named = {name for name in models.__all__ if name.startswith(("mom2d", "mom3d", "cls"))}
     assert known == {*named, "paper2d", "transnetr"} == set(presets())
-    assert presets("segmentation", 3) == ["mom3d_xs", "mom3d_s", "mom3d_sr", "mom3d_m", "mom3d_deep"]
+    assert presets("segmentation", 3) == ["mom3d_xs", "mom3d_xw", "mom3d_s", "mom3d_sr", "mom3d_m", "mom3d_deep"]
     assert presets("segmentation", 2) == ["mom2d_xs", "mom2d_s", "mom2d_m", "paper2d", "transnetr"]
     assert presets("classification", 2) == ["cls2d_xs", "cls2d_s"]
     assert presets("classification") == ["cls2d_xs", "cls2d_s", "cls3d_s"]
@@ -170,7 +170,7 @@ def test_memory_is_the_preset_s_own_unless_said(preset: str, memory: str) -> Non
         (
             {"preset": "mom2d_s"},
             "model.preset mom2d_s: a network of 2 axes, but data.patch [32, 32, 32] has 3 edges; choose one of "
-            "mom3d_xs, mom3d_s, mom3d_sr, mom3d_m, mom3d_deep, or a patch of 2 edges",
+            "mom3d_xs, mom3d_xw, mom3d_s, mom3d_sr, mom3d_m, mom3d_deep, or a patch of 2 edges",
         ),
         ({"preset": "cls2d_s"}, "has 3 edges; choose one of cls3d_s, or a patch of 2 edges"),
         (

@@ -31,6 +31,7 @@ COUNTS = {  # parameters with one channel and three classes: all, encoder
     "mom3d_s": (14_388_649, 12_881_792),
     "mom3d_sr": (25_895_593, 24_388_736),
     "mom3d_xs": (640_817, 550_432),
+    "mom3d_xw": (3_382_737, 3_068_896),
 }
 KINDS = {MomentumUNet: presets.Options, MomentumResNet: presets.ClassifierOptions}
 
