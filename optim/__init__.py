@@ -9,6 +9,8 @@ from medmom.optim.equal_betas import EqualBetaAdam
 from medmom.optim.fsgdm import FSGDM
 from medmom.optim.heavy_ball import HeavyBall
 from medmom.optim.lion import Lion
+from medmom.optim.low_rank_adam import LowRankAdam
+from medmom.optim.low_rank_heavy_ball import LowRankHeavyBall
 from medmom.optim.momo import MoMo
 from medmom.optim.momo_adam import MoMoAdam
 from medmom.optim.quasi_hyperbolic import QHM, QHAdam
@@ -23,6 +25,8 @@ __all__ = [
     "EqualBetaAdam",
     "HeavyBall",
     "Lion",
+    "LowRankAdam",
+    "LowRankHeavyBall",
     "MoMo",
     "MoMoAdam",
     "QHAdam",

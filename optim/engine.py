@@ -68,6 +68,10 @@ class MomentumOptimizer(Optimizer):
         """First values of the buffers that do not start at zero, from the flat parameter and its first gradient."""
         return {}
 
+    def apart(self) -> frozenset[int]:
+        """Identities of the parameters that ``update`` moves by itself: they come in no batch and get no state."""
+        return frozenset()
+
     def check_ready(self) -> None:
         """Refuses a step where the rule cannot take one now; asked before the closure is called."""
 
@@ -102,7 +106,8 @@ class MomentumOptimizer(Optimizer):
             return loss
         numbers = [*batches.scalars.values(), list(batches.totals.values())]
         before = batches.copies(numbers)
-        torch._foreach_add_(batches.scalars["step"], 1)
+        if batches.scalars["step"]:
+            torch._foreach_add_(batches.scalars["step"], 1)
         self.update(batches, value)
         batches.settle(numbers, before)
         if batches.finite is not None:
@@ -130,7 +135,11 @@ class MomentumOptimizer(Optimizer):
         if not present:
             return None, value
         finite = None if value is None else value.isfinite()
-        if finite is not None and (_is_near(finite) or any(self._missing(state) for *_, state in present)):
+        apart = self.apart()
+        if apart:
+            present = [entry for entry in present if id(entry[1]) not in apart]
+        waits = apart or any(self._missing(state) for *_, state in present)
+        if finite is not None and (waits or _is_near(finite)):
             if not finite:
                 skipped += 1
                 return None, value

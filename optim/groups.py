@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from medmom.optim.low_rank import layers_in
+
 NORMALISATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 OPENED = (nn.Sequential, nn.ModuleList)
 
@@ -35,8 +37,12 @@ def parameter_groups(
     With ``layer_decay`` below 1 a layer learns at ``lr`` x ``layer_decay`` ^ (layers between it and the end), as suits
     a network whose first layers were trained before. A parameter that has two names counts under its first.
 
+    The factors of a low-rank weight lie in one group, in their order, and behind them the whole numbers that say how
+    many of their columns are in use: so a low-rank rule finds them. Where all factors stand still, these leave too.
+
     Args:
-        network: Its trainable parameters each come into exactly one group; those without gradient into none.
+        network: Its trainable parameters each come into exactly one group; those without gradient into none, but for
+            the whole numbers behind factors.
         weight_decay: Of the weights.
         lr: Of the last layer, and of all where ``layer_decay`` is 1; None leaves it to the optimizer.
         decay_norms: Whether the scales of torch's normalisations decay like weights.
@@ -65,15 +71,16 @@ def parameter_groups(
     labels = ["+".join(layer) + "." for layer in ordered] or [""]
     rates = [layer_decay**n for n in reversed(range(len(labels)))]
     groups: dict[tuple[int, str], dict[str, Any]] = {}
-    for name, parameter in network.named_parameters():
-        if id(parameter) in left_out or not parameter.requires_grad:
+    for name, together in _belonging(network):
+        trained = [p for p in together if p.requires_grad and id(p) not in left_out]
+        if not trained:
             continue
-        place, kind = _place(name, ordered), "no_decay" if id(parameter) in undecayed else "decay"
+        place, kind = _place(name, ordered), "no_decay" if id(together[0]) in undecayed else "decay"
         if (place, kind) not in groups:
             options = {"name": labels[place] + kind, "weight_decay": weight_decay if kind == "decay" else 0.0}
             rate = {} if lr is None else {"lr": lr * rates[place]}
             groups[place, kind] = {"params": [], **options, **rate}
-        groups[place, kind]["params"].append(parameter)
+        groups[place, kind]["params"] += [*trained, *(p for p in together if _is_whole(p))]
     if not groups:
         raise ValueError("nothing is left to train: every parameter is frozen. Freeze fewer.")
     return [groups[key] for key in sorted(groups)]
@@ -140,6 +147,29 @@ def _in_order(module: nn.Module, prefix: str) -> list[tuple[str, ...]]:
         layers += [(f"{path}.{part}",) for part in parts] or [(path,)]
     first, *others = layers or [()]
     return [own + first, *others]
+
+
+def _belonging(network: nn.Module) -> list[tuple[str, list[nn.Parameter]]]:
+    """Each parameter by itself, but the factors of a low-rank weight with the whole numbers behind them."""
+    found: list[tuple[str, list[nn.Parameter]]] = []
+    for name, parameter in network.named_parameters():
+        factors = [p for _, alone in found[-3:] for p in alone]
+        if _is_whole(parameter) and _are_factors([*factors, parameter]):
+            found[-3:] = [(found[-3][0], [*factors, parameter])]
+        else:
+            found.append((name, [parameter]))
+    return found
+
+
+def _are_factors(parameters: Sequence[nn.Parameter]) -> bool:
+    try:
+        return bool(layers_in(parameters))
+    except ValueError:
+        return False
+
+
+def _is_whole(parameter: nn.Parameter) -> bool:
+    return not (parameter.is_floating_point() or parameter.is_complex())
 
 
 def _checked(network: nn.Module, layers: Sequence[str | Sequence[str]]) -> list[tuple[str, ...]]:

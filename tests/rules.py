@@ -15,6 +15,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "EqualBetaAdam": {"lr": 0.05},
     "FSGDM": {"lr": 0.01, "total_steps": STEPS},
     "Lion": {"lr": 0.02},
+    "LowRankAdam": {"lr": 0.05},
     "MoMoAdam": {"lr": 0.1},
     "QHAdam": {"lr": 0.05, "betas": (0.9, 0.999)},
     "QHM": {"lr": 0.03, "momentum": 0.9},

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from medmom.models import JointMomentumUNet, cls2d_xs, mom2d_xs
-from medmom.optim import HeavyBall
+from medmom.models import JointMomentumUNet, cls2d_xs, mom2d_xs, to_low_rank
+from medmom.optim import HeavyBall, LowRankHeavyBall
 from medmom.optim.groups import freeze, list_layers, parameter_groups
+from medmom.optim.low_rank import layers_in
 
 
 def small_unet() -> nn.Module:
@@ -267,3 +268,64 @@ def test_zero_gradients_move_only_what_decays() -> None:
     optimizer.step()
     moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {"0.weight", "3.1.weight", "3.2.weight"}
+
+
+def low_rank() -> nn.Module:
+    dense = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16, 12))
+    return to_low_rank(dense, 0.3, gradients="tangent", room=2)
+
+
+def factors(network: nn.Module, name: str) -> list[nn.Parameter]:
+    return [network.get_parameter(f"{name}.{part}") for part in ("u", "s", "v", "ranks")]
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 1.0, "layer_decay": 0.5}, {"decay_norms": True}])
+def test_factors_and_their_ranks_stay_together_and_in_order(options: dict[str, Any]) -> None:
+    network = low_rank()
+    groups = parameter_groups(network, weight_decay=0.5, **options)
+    params = [p for g in groups for p in g["params"]]
+    assert {id(p) for p in params} == {id(p) for p in network.parameters()} and len(params) == len(set(map(id, params)))
+    found = [(g, layer) for g in groups for layer in layers_in(g["params"])]
+    for (group, layer), name in zip(found, ("1", "4"), strict=True):
+        assert [id(p) for p in layer] == [id(p) for p in factors(network, name)]
+        assert group["weight_decay"] == 0.5
+    assert names_in(network, next(g for g in groups if g["name"].endswith("no_decay"))) & {"1.bias", "0.bias"}
+
+
+@pytest.mark.parametrize("way", ["named", "stopped"])
+def test_frozen_factors_leave_with_their_ranks(way: str) -> None:
+    network = low_rank()
+    if way == "stopped":
+        freeze(network, ["1"])
+    (group, _) = parameter_groups(network, weight_decay=0.5, frozen=["1"] if way == "named" else [])
+    assert [id(p) for layer in layers_in(group["params"]) for p in layer] == [id(p) for p in factors(network, "4")]
+    assert not names_in(network, group) & {"1.u", "1.s", "1.v", "1.ranks"}
+
+
+def test_half_of_the_factors_is_refused_by_a_low_rank_rule_alone() -> None:
+    groups = parameter_groups(low_rank(), weight_decay=0.0, frozen=["1.u"])
+    torch.optim.AdamW(groups)
+    with pytest.raises(ValueError, match=r"whole numbers of shape \[3\] stands behind parameters of the shapes"):
+        LowRankHeavyBall(groups)
+
+
+def test_whole_numbers_that_are_no_ranks_are_left_out_alone() -> None:
+    network = plain()
+    network[3].counts = nn.Parameter(torch.zeros(3, dtype=torch.long), requires_grad=False)
+    assert undecayed(network) == {"0.bias", "1.weight", "1.bias", "3.1.bias", "3.2.bias"}
+
+
+@pytest.mark.parametrize("local_steps", [0, 3])
+def test_low_rank_rule_leaves_frozen_layers_alone(local_steps: int) -> None:
+    network = low_rank()
+    freeze(network, ["1"])
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer = LowRankHeavyBall(network.parameters(), lr=0.1, weight_decay=0.5, tolerance=0.5, local_steps=local_steps)
+    for _ in range(4):
+        optimizer.zero_grad()
+        network(torch.randn(4, 1, 5, 5, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        optimizer.step()
+    optimizer.eval()
+    moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+    assert not moved & {f"1.{part}" for part in ("u", "s", "v", "ranks", "bias")}
+    assert moved >= {"4.u", "4.s", "4.v", "4.ranks"}

@@ -21,7 +21,7 @@ pytestmark = [
 
 STEPS = 60
 SHAPES = [(4, 3), (5,), (2, 3, 3, 3), (1,), (), (3, 2, 2, 2, 2)]
-ALONE = {"AdaMomentum", "ScheduleFreePolyak"}
+ALONE = {"AdaMomentum", "LowRankAdam", "LowRankHeavyBall", "ScheduleFreePolyak"}
 """Rules that no package on the index has: naive twins stand in their own tests."""
 
 FOUND: list[tuple[str, str, str, float, str]] = []
