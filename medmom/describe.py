@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+from torch import nn
 
 from medmom.classes import Classes
 from medmom.data.preparation import AXES, STORED, Preparation
 from medmom.labels import Labels
+from medmom.models.factorise import list_ranks
 from medmom.models.sizes import times
 from medmom.package import Package, load_package
 
@@ -84,7 +88,7 @@ def _cells(cells: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _network(package: Package) -> str:
     network: Any = package.network
     arguments: dict[str, Any] = network.arguments
-    parts = [f"{_count(sum(p.numel() for p in network.parameters()))} parameters"]
+    parts = [f"{_count(_num_weights(network))} parameters", *_low_rank(network)]
     if "gate" in arguments:
         gating = arguments.get("gating", "fixed")
         parts.append(f"gate {arguments['gate']:g}{'' if gating == 'fixed' else f', {gating}'}")
@@ -92,6 +96,20 @@ def _network(package: Package) -> str:
         parts.append(f"memory {arguments['memory']}")
     preset = package.recipe.get("model", {}).get("preset")
     return f"{type(network).__name__}{f' ({preset})' if preset else ''}: {', '.join(parts)}"
+
+
+def _low_rank(network: nn.Module) -> Iterator[str]:
+    """What the factors of a package save, where there are any."""
+    every = list_ranks(network).values()
+    if every:
+        saved = sum(sizes.rows * sizes.columns - sizes.num_parameters for sizes in every)
+        share = mean(sizes.rank / min(sizes.rows, sizes.columns) for sizes in every)
+        yield f"{_count(_num_weights(network) + saved)} if dense"
+        yield f"{len(every)} low-rank layers at {share:.0%} of full rank"
+
+
+def _num_weights(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters() if p.is_floating_point())
 
 
 def _input(package: Package) -> Iterator[tuple[str, str]]:

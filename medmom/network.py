@@ -12,6 +12,8 @@ from torch import nn
 from medmom import models
 from medmom.errors import MedmomError
 from medmom.models.cost import MEMORIES, choose_memory
+from medmom.models.factorise import to_low_rank
+from medmom.models.low_rank import Gradients
 from medmom.models.presets import CLASSIFIER_SIZES, SIZES
 from medmom.recipe import ModelRecipe, Recipe, TrainingRecipe
 from medmom.step_cost import GIB, describe_step, measure_step, optimizer_share
@@ -40,7 +42,7 @@ _PRESETS = {
     },
 }
 
-_NO_OPTIONS = ("preset", "memory_limit", "pooling", "init_from")
+_NO_OPTIONS = ("preset", "memory_limit", "pooling", "low_rank", "init_from")
 """Keys of a recipe's model that say something else than how its preset is made."""
 
 
@@ -83,13 +85,23 @@ def build_network(recipe: Recipe, in_channels: int, out_channels: int) -> nn.Mod
     make = partial(_make, recipe, preset, (in_channels, out_channels), _options(recipe, preset))
     try:
         if recipe.data.slices is None:
-            return make()
+            return _factored(recipe, make())
         # On the meta device its first weights take no time, and no random numbers.
         with torch.device("meta"):
             backbone: Any = make()
-        return models.SliceClassifier(**backbone.arguments, pooling=recipe.model.pooling)
+        return _factored(recipe, models.SliceClassifier(**backbone.arguments, pooling=recipe.model.pooling))
     except ValueError as error:
         raise MedmomError(f"model with preset {name}: {error}") from None
+
+
+def _factored(recipe: Recipe, network: nn.Module) -> nn.Module:
+    """The network with weights of low rank, where the recipe wants it, as its optimizer needs them."""
+    if recipe.model.low_rank is None:
+        return network
+    # A low-rank rule says how much room it wants; any other trains the factors as they are.
+    room = getattr(recipe.optimizer([nn.Parameter(torch.zeros(1, 1, device="cpu"))]), "room", None)
+    gradients: Gradients = "factors" if room is None else "tangent"
+    return to_low_rank(network, recipe.model.low_rank, gradients=gradients, room=room or 1, keep_norm=True)
 
 
 def _preset(recipe: Recipe) -> _Preset:

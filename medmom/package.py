@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import math
 import platform
@@ -19,6 +20,7 @@ from medmom.data.preparation import Preparation
 from medmom.errors import MedmomError
 from medmom.inference.novelty import Novelty
 from medmom.labels import Labels
+from medmom.models.factorise import compact, list_ranks, with_ranks
 from medmom.package_files import (
     DESCRIPTION,
     MEND,
@@ -139,10 +141,12 @@ def save_package(
     if table is None or None not in (labels, classes):
         raise ValueError("a package has either labels or classes")
     _check_fit(network, table, channels)
-    tensors = dict(network.state_dict())
+    ranks = {layer: sizes.rank for layer, sizes in list_ranks(network).items()}
+    kept = compact(copy.deepcopy(network)) if ranks else network
+    tensors = dict(kept.state_dict())
     description = {
         "schema": SCHEMA,
-        "network": {"name": name, "arguments": network.arguments},
+        "network": {"name": name, "arguments": network.arguments, **({"ranks": ranks} if ranks else {})},
         "preparation": asdict(preparation),
         "patch": list(patch),
         "spatial_dims": len(patch),
@@ -286,11 +290,12 @@ def _build(data: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> nn.M
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"no network {data['name']!r} in medmom {__version__}; update medmom")
     # Without memory first: the arguments could ask for any.
+    ranks = {str(layer): int(rank) for layer, rank in data.get("ranks", {}).items()}
     with torch.device("meta"):
-        kind(**data["arguments"]).load_state_dict(weights, strict=True, assign=True)
+        with_ranks(kind(**data["arguments"]), ranks).load_state_dict(weights, strict=True, assign=True)
     # First weights are drawn and thrown away: the caller's random numbers must not notice.
     with torch.random.fork_rng(devices=[]):
-        network: nn.Module = kind(**data["arguments"])
+        network = with_ranks(kind(**data["arguments"]), ranks)
     network.load_state_dict(weights, strict=True)
     return network.eval()
 

@@ -87,6 +87,8 @@ class ModelRecipe:
         pooling: To classify volumes with a 2-D network: "mean" of the slices' logits, or by learned "attention".
         dropout: To classify: share of the pooled features that training sets to 0; null: the preset's own.
         num_blocks: Residual blocks a decoder stage of transnetr and paper2d; null: one.
+        low_rank: Share of the full rank, below 1, that every weight matrix has at most, kept as factors U S V^T;
+            optimizers medmom.optim.LowRankHeavyBall and LowRankAdam lower it layer by layer. null: dense weights.
         init_from: Model package or checkpoint whose weights are taken where they fit.
     """
 
@@ -102,6 +104,7 @@ class ModelRecipe:
     pooling: Literal["mean", "attention"] = "mean"
     dropout: float | None = None
     num_blocks: int | None = None
+    low_rank: float | None = None
     init_from: Path | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +113,8 @@ class ModelRecipe:
             raise MedmomError(f"model.gate {self.gate}: give a number from 0 to 1.")
         if self.memory_limit is not None and self.memory_limit <= 0:
             raise MedmomError(f"model.memory_limit {self.memory_limit}: give a number above 0, or null.")
+        if self.low_rank is not None and not 0 < self.low_rank < 1:
+            raise MedmomError(f"model.low_rank {self.low_rank}: give a share above 0 and below 1, or null.")
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from medmom.errors import MedmomError
 from medmom.jobs.base import Job
 from medmom.jobs.classification import ClassificationJob
 from medmom.jobs.segmentation import SegmentationJob
+from medmom.models.factorise import list_ranks
 from medmom.monitor import OptimizerMonitor
 from medmom.network import job_of, training_precision
 from medmom.package import package_folder
 from medmom.ramp import GateRamp
+from medmom.rank_monitor import RankMonitor
 from medmom.recipe import Recipe, TrainingRecipe
 from medmom.recipe_file import RecipeFile
 from medmom.run import claim_folder, read_run, write_run
@@ -134,7 +136,7 @@ def _fit(job: Job, device: torch.device) -> Path:
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-        callbacks=_callbacks(job, recipe),
+        callbacks=_callbacks(job, recipe, task.network),
         plugins=[AtomicCheckpoints()],
         enable_progress_bar=not job.quiet,
         enable_model_summary=False,
@@ -194,7 +196,7 @@ def _trainer_options(settings: TrainingRecipe, device: torch.device) -> dict[str
     }
 
 
-def _callbacks(job: Job, recipe: Recipe) -> list[Callback]:
+def _callbacks(job: Job, recipe: Recipe, network: nn.Module) -> list[Callback]:
     folder = job.run.folder
     best = ModelCheckpoint(
         folder,
@@ -209,6 +211,8 @@ def _callbacks(job: Job, recipe: Recipe) -> list[Callback]:
     callbacks: list[Callback] = [CurveFile(folder / "metrics.csv"), *job.pictures(recipe), best, last]
     if recipe.training.monitor:
         callbacks.insert(0, OptimizerMonitor())
+    if list_ranks(network):
+        callbacks.insert(0, RankMonitor(folder, every=recipe.training.picture_every))
     end = recipe.training.gate_ramp
     if end is not None:
         callbacks.insert(0, GateRamp(recipe.model.gate, hold=RAMP_HOLD * end, end=end))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medmom.errors import MedmomError
+from medmom.models.factorise import list_ranks, set_dense, to_dense
 from medmom.weights import plain_name, read_weights
 
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
@@ -26,7 +28,7 @@ class Transfer:
         taken: Names of the network's tensors that were taken, in its order.
         left: Names of those that stayed as they were, running statistics left out, each with the reason.
         unused: Names of weights in the file that have no place in the network.
-        share: Of the network's parameters, in [0, 1], that were taken.
+        share: Of the network's parameters, in [0, 1], that were taken; of low-rank layers those of the dense weight.
         notes: What else should be known, a line each.
     """
 
@@ -44,6 +46,9 @@ def initialise_from(network: nn.Module, path: str | Path) -> Transfer:
     Where the first convolution was trained with another number of image channels, each channel begins with their
     mean, scaled so that an image whose channels are all equal has the same features.
 
+    Low-rank layers take the nearest weight of their highest rank, by truncated SVD; what is told of them has the names
+    and shapes of the dense network.
+
     Args:
         network: Changed in place once everything has been read and checked; on the meta device only checked.
         path: A run folder, model package or checkpoint, see ``medmom.weights.read_weights``.
@@ -56,6 +61,11 @@ def initialise_from(network: nn.Module, path: str | Path) -> Transfer:
             fits into the network.
     """
     path = Path(path)
+    if list_ranks(network):
+        dense = to_dense(copy.deepcopy(network))
+        transfer = initialise_from(dense, path)
+        set_dense(network, dense)
+        return transfer
     given, there = read_weights(path, network)
     own, fresh, notes = network.state_dict(), {}, []
     left: list[tuple[str, str]] = []

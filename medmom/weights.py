@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from medmom.checkpoint import read_saved
 from medmom.errors import MedmomError
-from medmom.models import from_host
+from medmom.models import from_host, to_dense
 from medmom.package import load_package, package_folder
 
 WRAPPERS = ("_orig_mod", "backbone", "model", "module", "network", "unet")
@@ -43,12 +43,12 @@ def read_weights(path: Path, network: nn.Module) -> Weights:
         network: Which is to have them; where it can take those of torchvision's ResNet-50, these are known too.
 
     Returns:
-        The weights, on the CPU. Those of nnU-Net's residual-encoder U-Net and of torchvision have names and axes of
-        ours, see ``medmom.models.convert.from_host``.
+        The weights, on the CPU; of a package's low-rank layers multiplied out. Those of nnU-Net's residual-encoder
+        U-Net and of torchvision have names and axes of ours, see ``medmom.models.convert.from_host``.
 
     Raises:
-        MedmomError: There is no such file, it is damaged or would have to run code, it holds no weights, or those of a
-            network of nnU-Net that has no equal here.
+        MedmomError: There is no such file, it is damaged or would have to run code, it holds no weights, factors of
+            low-rank layers outside a package, or the weights of a network of nnU-Net that has no equal here.
     """
     try:
         is_package = path.is_dir() or package_folder(path) is not None
@@ -58,9 +58,10 @@ def read_weights(path: Path, network: nn.Module) -> Weights:
     except OSError as error:
         raise MedmomError(f"{path}: cannot be read ({error.strerror}). Check path and permissions.") from None
     if is_package:
-        theirs: Any = load_package(path).network
+        theirs: Any = to_dense(load_package(path).network)
         return Weights(_by_plain_name(theirs.state_dict()), theirs.arguments)
     tensors = _by_plain_name(_tensors(path, content))
+    _check_dense(path, tensors)
     if any(word in name for name in tensors for word in HOST_WORDS):
         return _of_host(path, tensors, _plans(content))
     if hasattr(network, "load_torchvision") and "layer1.0.conv1.weight" in tensors:
@@ -107,6 +108,17 @@ def _by_plain_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         plain.setdefault(plain_name(name), value)
     return plain
+
+
+def _check_dense(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses factors: they do not tell the edges of a kernel, and half of a network would be left out unnoticed."""
+    layers = [name.removesuffix(".ranks") for name in tensors if name.endswith(".ranks")]
+    factored = [layer for layer in layers if all(f"{layer}.{part}" in tensors for part in ("u", "s", "v"))]
+    if factored:
+        raise MedmomError(
+            f"{path}: {len(factored)} layers are factors of a low rank ({factored[0]}), without the edges of their "
+            "kernels. Give the run folder, or its model package, which has them."
+        )
 
 
 def _of_host(path: Path, tensors: Mapping[str, Tensor], plans: Mapping[str, Any]) -> Weights:

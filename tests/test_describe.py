@@ -12,7 +12,8 @@ from medmom.data.preparation import Preparation
 from medmom.describe import describe_model
 from medmom.errors import MedmomError
 from medmom.labels import Labels
-from medmom.models import MomentumUNet, SliceClassifier
+from medmom.models import MomentumUNet, SliceClassifier, to_low_rank
+from medmom.models.low_rank import LowRankLayer
 from medmom.package import load_package, save_package
 
 RECIPE = {
@@ -61,6 +62,20 @@ def test_what_a_segmentation_model_is_stands_in_the_text(tmp_path: Path) -> None
     assert f"torch {torch.__version__}" in found["made with"]
     assert load_package(model).checksum in found["package"] and "KiB" in found["package"]
     assert found["use"].splitlines()[0] == f"medmom predict {model} IMAGES --out LABELS"
+
+
+def test_low_rank_is_told_with_what_it_saves(tmp_path: Path) -> None:
+    plan: dict[str, Any] = {"channels": (8, 16), "blocks": (1, 2), "kernels": [[3, 3]] * 2, "strides": [[1, 1], [2, 2]]}
+    network = MomentumUNet(1, 3, **plan)
+    dense = sum(p.numel() for p in network.parameters())
+    to_low_rank(network, 0.25, room=2)
+    layers = [m for m in network.modules() if isinstance(m, LowRankLayer)]
+    saved = sum(len(m.u) * len(m.v) - m.sizes.num_parameters for m in layers)
+    told: dict[str, Any] = {"labels": LABELS, "preparation": CT, "channels": ("CT",), "recipe": {}}
+    save_package(tmp_path / "model", network, patch=(16, 16), **told)
+    parts = rows(describe_model(tmp_path / "model"))["network"].split(", ")
+    assert parts[0] == f"MomentumUNet: {dense - saved:,} parameters" and saved > 0
+    assert parts[1:3] == [f"{dense:,} if dense", f"{len(layers)} low-rank layers at 25% of full rank"]
 
 
 def test_folder_of_the_data_is_told_by_its_name_alone(tmp_path: Path) -> None:

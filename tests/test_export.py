@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
+from tiny import save_tiny
 from torch import Tensor
 from unets import AXES, MEMORIES, PAIRS, VARIANTS, loss_of, make_image, make_unet
 
-from medmom.models import MomentumUNet
+from medmom.export.monai_bundle import export_monai_bundle
+from medmom.models import MomentumUNet, to_low_rank
+from medmom.package import load_package
 
 OPSET = 17
 
@@ -101,3 +106,17 @@ def test_onnx_holds_nothing_but_common_operators(tmp_path: Path) -> None:
     layers = {"Conv", "ConvTranspose", "InstanceNormalization", "LeakyRelu", "AveragePool"}
     assert {node.op_type for node in model.graph.node} <= layers | {"Add", "Sub", "Mul", "Concat", "Constant"}
     assert {opset.domain for opset in model.opset_import} == {""}
+
+
+def test_bundle_of_a_low_rank_model_holds_a_dense_network_of_the_same_logits(tmp_path: Path) -> None:
+    plan: dict[str, Any] = {"channels": (8, 16), "blocks": (1, 2), "kernels": [[3, 3, 3]] * 2}
+    network = MomentumUNet(1, 3, **plan, strides=[[1, 1, 1], [2, 2, 2]])
+    to_low_rank(network, 0.3, room=2)
+    model = save_tiny(tmp_path / "model", network=network)
+    bundle = export_monai_bundle(model, tmp_path / "bundle")
+    config = json.loads((bundle / "configs" / "inference.json").read_text(encoding="utf-8"))["network_def"]
+    assert config.pop("_target_") == "medmom.models.MomentumUNet"
+    dense = MomentumUNet(**config).eval()
+    dense.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
+    image = torch.randn(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits(dense, image), load_package(model).network(image), rtol=0, atol=1e-5)

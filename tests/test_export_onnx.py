@@ -64,6 +64,12 @@ def save_segmenter(folder: Path, kind: str, **options: Any) -> Path:
     return save_tiny(folder, preparation=PICTURES, patch=(16, 16), network=network, channels=("grey",))
 
 
+def save_low_rank(folder: Path) -> Path:
+    network = models.MomentumUNet(1, 3, **{**FLAT, "channels": (8, 16)})
+    models.to_low_rank(network, 0.5)
+    return save_tiny(folder, preparation=PICTURES, patch=(16, 16), network=network, channels=("grey",))
+
+
 def run(path: Path, image: NDArray[Any]) -> Floats:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -83,6 +89,7 @@ MADE: dict[str, Callable[[Path], Path]] = {
     "unet, reversible": lambda folder: save_segmenter(
         folder, "MomentumUNet", **{**FLAT, "blocks": (1, 3)}, memory="reversible"
     ),
+    "unet, low rank": save_low_rank,
     "resnet": save_classifier,
     "resnet, batch norm": lambda folder: save_classifier(folder, norm="batch"),
     "slices": lambda folder: save_classifier(folder, "SliceClassifier", slices=5),

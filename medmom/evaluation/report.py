@@ -118,6 +118,7 @@ def _page(run: _Run, images: Path | None) -> dict[str, Any]:
         "version": __version__,
         "scores": None,
         "curves": _curves(run),
+        "ranks": _ranks(run),
         "recipe": _recipe(run),
     }
     if run.scores is None:
@@ -169,6 +170,12 @@ def _curves(run: _Run) -> dict[str, Any] | None:
     light, dark = (draw_curves(curves, colours, theme) for theme in themes)
     legend = [{"name": name, "colour": colours[name]} for name in curves.class_dice if name in colours]
     return None if light is None else {"light": light, "dark": dark, "legend": legend}
+
+
+def _ranks(run: _Run) -> bytes | None:
+    """The picture of the ranks of a network of low rank, as its training drew it."""
+    path = None if run.folder is None else run.folder / "pictures" / "ranks.png"
+    return path.read_bytes() if path is not None and path.is_file() else None
 
 
 def _run_labels(run: _Run) -> Labels | None:

@@ -18,6 +18,7 @@ from medmom.errors import MedmomError
 from medmom.export.bundle_metadata import LICENSE, bundle_metadata, readme
 from medmom.export.steps import OVERLAP
 from medmom.labels import Labels
+from medmom.models import to_dense
 from medmom.package import Package, load_package
 
 TRANSFORMS = "medmom.export.transforms"
@@ -31,8 +32,8 @@ def export_monai_bundle(model: str | Path, out: str | Path) -> Path:
 
     The configuration builds the network from ``medmom.models``, runs MONAI's sliding windows, and brings images to the
     network and labels back by ``medmom.export.transforms``: where it runs, medmom must be installed. Weights are a
-    plain ``state_dict``. Expressions that MONAI evaluates are those of this function; a name in the package that looks
-    like one is refused.
+    plain ``state_dict``, of low rank or not a dense one. Expressions that MONAI evaluates are those of this function; a
+    name in the package that looks like one is refused.
 
     Args:
         model: A run folder or model package of a network that draws label maps.
@@ -49,6 +50,8 @@ def export_monai_bundle(model: str | Path, out: str | Path) -> Path:
         MONAI bundle specification, https://monai.readthedocs.io/en/stable/mb_specification.html.
     """
     package, out = load_package(model), Path(out)
+    # The bundle builds the network from its arguments alone, in which nothing stands of ranks.
+    to_dense(package.network)
     if not isinstance(package.table, Labels):
         raise MedmomError(
             f"{model}: the model classifies whole images; bundles are written of models that draw label maps. "

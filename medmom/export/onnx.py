@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -7,6 +8,7 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from medmom.data.atomic import write_json
 from medmom.errors import MedmomError
 from medmom.export.steps import processing_steps
 from medmom.labels import Labels
-from medmom.models import SliceClassifier
+from medmom.models import SliceClassifier, to_dense
 from medmom.package import Package, load_package, software_versions
 
 OPSET = 17
@@ -38,8 +40,8 @@ def export_onnx(model: str | Path, out: str | Path) -> Path:
 
     The input ``image`` is float32 (batch, channels, *window), prepared as the JSON file says; the output ``logits``
     is float32 (batch, classes, *window), of a classifier (batch, classes). Batch, and slices of a classifier that
-    sees slices, may have any number; the window is that of the model. ``model.onnx.json`` has the rules and numbers of
-    ``processing_steps``, the checksums and the difference found.
+    sees slices, may have any number; the window is that of the model. Weights of low rank are multiplied
+    out. ``model.onnx.json`` has the rules and numbers of ``processing_steps``, the checksums and the difference found.
 
     Before the files get their names the ONNX file is run by onnxruntime on random input, and its logits are compared
     with the network's.
@@ -57,12 +59,14 @@ def export_onnx(model: str | Path, out: str | Path) -> Path:
     """
     _check_installed()
     package = load_package(model)
+    # A copy: what is written is compared with the network as it was.
+    dense = replace(package, network=to_dense(copy.deepcopy(package.network)))
     path = Path(out) if Path(out).suffix.lower() == ".onnx" else Path(out) / "model.onnx"
     sidecar = path.with_name(f"{path.name}.json")
     for place in (path, sidecar):
         if place.exists():
             raise MedmomError(f"{place}: exists. Remove it, or name another output.")
-    size = sum(value.numel() * value.element_size() for value in package.network.state_dict().values())
+    size = sum(value.numel() * value.element_size() for value in dense.network.state_dict().values())
     if size > LARGEST:
         raise MedmomError(
             f"{model}: {size / 2**30:.1f} GiB of weights, one ONNX file holds less than 2. Export a bundle."
@@ -70,7 +74,7 @@ def export_onnx(model: str | Path, out: str | Path) -> Path:
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(package, part)
+        _write(dense, part)
         found = _compared(package, part)
         content = part.read_bytes()
         write_json(sidecar, _about(package, path.name, content, found))
