@@ -103,7 +103,7 @@ def measure_cost(
             continue
         activations[memory] = _measure_step(network, image_shape, loss or _sum)
     return Cost(
-        num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_parameters=sum(parameter.numel() for parameter in parameters if parameter.is_floating_point()),
         parameter_bytes=sum(parameter.nbytes for parameter in parameters),
         flops=flops,
         activations=activations,

@@ -96,7 +96,7 @@ def compact(network: nn.Module) -> nn.Module:
     for layer in _low_rank_layers(network).values():
         r = layer.rank
         for name, part in (("u", layer.u[:, :r]), ("s", layer.s[:r, :r]), ("v", layer.v[:, :r])):
-            setattr(layer, name, nn.Parameter(part.detach().clone()))
+            setattr(layer, name, nn.Parameter(part.detach().clone(), requires_grad=layer.s.requires_grad))
         layer.ranks = nn.Parameter(layer.ranks.detach().new_tensor([r, min(LOWEST_RANK, r), r]), requires_grad=False)
     return network
 

@@ -170,7 +170,8 @@ class LowRankLayer(nn.Module):
         bias: Tensor | None = self.bias
         kind = x.device.type
         dtype = self.mixed if kind == "meta" else None
-        if kind != "meta" and torch.is_autocast_enabled(kind):
+        # Autocast leaves double precision as it is.
+        if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
         if dtype is not None:
             x, u, s, v = (tensor.to(dtype) for tensor in (x, u, s, v))

@@ -22,6 +22,7 @@ from medmom.models.cost import measure_cost
 from medmom.models.factorise import list_ranks
 from medmom.models.low_rank import LowRankLayer
 from medmom.network import build_network, plan_memory
+from medmom.optimizer import make_optimizer
 from medmom.package import load_package
 from medmom.recipe_file import RecipeFile
 from medmom.tasks.segmentation import SegmentationTask
@@ -249,3 +250,17 @@ def test_factors_without_their_network_are_refused(tmp_path: Path) -> None:
     torch.save(to_low_rank(unet(), 0.5).state_dict(), tmp_path / "a.pt")
     with pytest.raises(MedmomError, match=r"a.pt: 13 layers are factors of a low rank \(encoder\.stages\.0\.entry"):
         initialise_from(unet(), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("training", [{}, {"decay_norms": False}])
+def test_fused_kernels_of_other_rules_train_the_factors(training: dict[str, Any], tmp_path: Path) -> None:
+    words = ["--optimizer=torch.optim.AdamW", "--optimizer.init_args.fused=true"]
+    recipe = tiny_recipe(tmp_path, "--model.low_rank=0.5", *words, **training).build()
+    network = build_network(recipe, 1, 3)
+    optimizer = make_optimizer(recipe, network)(network.parameters())
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.ones_like(p) if p.is_floating_point() else None
+    optimizer.step()
+    for name, p in network.named_parameters():
+        assert torch.equal(p, before[name]) is name.endswith(".ranks"), name
