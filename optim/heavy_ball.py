@@ -44,7 +44,15 @@ class HeavyBall(MomentumOptimizer):
 
     def update(self, batches: Batches, loss: Tensor | None) -> None:
         """Takes one step of the formula above."""
-        for batch in batches:
-            group = batch.group
-            options = {name: group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
-            sgd_(batch, batch.state["velocity"], **options)
+        heavy_ball_(batches)
+
+
+def heavy_ball_(batches: Batches) -> None:
+    """One step of ``HeavyBall`` on every batch, by the options of its group.
+
+    Args:
+        batches: With a buffer ``velocity``.
+    """
+    for batch in batches:
+        options = {name: batch.group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
+        sgd_(batch, batch.state["velocity"], **options)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from medmom.optim.batches import Batches
-from medmom.optim.kernels import sgd_
+from medmom.optim.heavy_ball import heavy_ball_
 from medmom.optim.low_rank import Group, LowRankRule
 from medmom.optim.tangent import Factors, Tangent
 
@@ -59,9 +59,7 @@ class LowRankHeavyBall(LowRankRule):
 
     def update_dense(self, batches: Batches) -> None:
         """Takes the step of ``HeavyBall``."""
-        for batch in batches:
-            options = {name: batch.group[name] for name in ("lr", "momentum", "nesterov", "weight_decay")}
-            sgd_(batch, batch.state["velocity"], **options)
+        heavy_ball_(batches)
 
     def train_core(self, group: Group, state: dict[str, Any], s: Tensor, grad: Tensor) -> Tensor:
         """Heavy ball on S."""
