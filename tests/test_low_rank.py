@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -227,13 +226,6 @@ def loaded_copy(layer: Any) -> Any:
     return other
 
 
-def pickled(layer: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    return in_place(torch.load(file, weights_only=False))
-
-
 def from_meta(layer: Any) -> Any:
     """Without memory in between."""
     state = {key: value.clone() for key, value in in_place(layer).state_dict().items()}
@@ -247,7 +239,6 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "load": loaded,
     "assign": lambda layer: loaded(layer, assign=True),
     "copy": loaded_copy,
-    "pickle": pickled,
     "meta": from_meta,
 }
 
