@@ -12,7 +12,19 @@ from torch import Tensor
 
 from medmom.optim.batches import PLAIN, WIDER, Batches
 from medmom.optim.engine import MomentumOptimizer
-from medmom.optim.tangent import Factors, Tangent, kept_rank, move, polish, project, transport, truncate, turn, widen
+from medmom.optim.tangent import (
+    Factors,
+    Tangent,
+    decompose,
+    kept_rank,
+    move,
+    polish,
+    project,
+    transport,
+    truncate,
+    turn,
+    widen,
+)
 
 Group = dict[str, Any]
 
@@ -256,7 +268,7 @@ class LowRankRule(MomentumOptimizer):
     def _truncate(self, group: Group, layer: Layer) -> None:
         """Ends a cycle: to the rank that the tolerance asks for, in the bases of the singular vectors."""
         at, state = self._factors(layer), self.state[layer.s]
-        p, values, qt = torch.linalg.svd(at.s)
+        p, values, qt = decompose(at.s)
         rank = kept_rank(values, group["tolerance"], *layer.bounds)
         left, right = p.T[:rank], qt[:rank]
         self._turn_moments(state, left, right)

@@ -94,18 +94,33 @@ def move(at: Factors, step: Tangent) -> Factors:
     (qu, ru), (qv, rv) = _beside(at.u, step.b, least), _beside(at.v, step.c, least)
     # W + step = [U, qu] core [V, qv]^T
     core = torch.cat((torch.cat((at.s + step.a, rv.T), dim=1), torch.cat((ru, ru.new_zeros(len(ru), len(rv))), dim=1)))
-    p, values, qt = torch.linalg.svd(core, full_matrices=False)
+    p, values, qt = decompose(core)
     return Factors(torch.cat((at.u, qu), dim=1) @ p, torch.diag(values), torch.cat((at.v, qv), dim=1) @ qt.T)
 
 
 def _beside(basis: Tensor, directions: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal columns q beside those of a basis, and r with ``directions = q r``; few where these are dependent."""
     q, r = torch.linalg.qr(directions - basis @ (basis.T @ directions))
-    p, values, zt = torch.linalg.svd(r)
+    p, values, zt = decompose(r)
     # Not too small to be told from the basis: q is orthogonal to it but for rounding over its size.
     kept = int((values > torch.maximum(values[0] * torch.finfo(r.dtype).eps ** 0.5, least)).sum())
     q = q @ p[:, :kept]
     return q - basis @ (basis.T @ q), values[:kept, None] * zt[:kept]
+
+
+def decompose(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin singular value decomposition ``P, s, Q^T``.
+
+    LAPACK's does not converge on every sound matrix of single precision; these are taken in double.
+
+    Args:
+        matrix: Finite, in single precision at least.
+    """
+    try:
+        p, values, qt = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        p, values, qt = (part.to(matrix.dtype) for part in torch.linalg.svd(matrix.double(), full_matrices=False))
+    return p, values, qt
 
 
 def polish(basis: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from medmom.optim.tangent import (
     Factors,
     Tangent,
+    decompose,
     kept_rank,
     move,
     project,
@@ -198,3 +201,17 @@ def test_squares_turn_as_mean_squares_of_uncorrelated_numbers() -> None:
     drawn = squares.sqrt() * normal(4, 40_000, 3, 3)
     found = (left @ drawn @ right.T).square().mean(0)
     torch.testing.assert_close(turn_squares(squares, left, right), found, rtol=0.05, atol=0)
+
+
+def test_matrix_that_does_not_converge_in_single_precision_is_taken_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    svd, matrix = torch.linalg.svd, normal(1, 6, 4).float()
+
+    def fails(given: Tensor, **options: Any) -> Any:
+        if given.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.svd: not converged")  # type: ignore[attr-defined]
+        return svd(given, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    p, values, qt = decompose(matrix)
+    assert {p.dtype, values.dtype, qt.dtype} == {torch.float32}
+    torch.testing.assert_close(p * values @ qt, matrix)
