@@ -58,13 +58,7 @@ def to_low_rank(
     for name, rank in found.items():
         dense: Any = network.get_submodule(name)
         rows, columns = _shape(dense)
-        layer = _layer(
-            dense,
-            rank,
-            lowest=min(LOWEST_RANK, rank),
-            storage=min(room * rank, rows, columns),
-            gradients=gradients,
-        )
+        layer = _layer(dense, rank, storage=min(room * rank, rows, columns), gradients=gradients)
         layer.set_matrix(dense.weight.detach().flatten(1), keep_norm=keep_norm)
         _replace(network, dense, layer)
     return network
@@ -119,7 +113,7 @@ def with_ranks(network: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
         dense = modules.get(name)
         if dense is None or not _is_plain(dense):
             raise ValueError(f"{name} is no linear layer or convolution of {type(network).__name__}")
-        layer = _layer(dense, rank, lowest=min(LOWEST_RANK, rank), storage=rank, gradients="factors")
+        layer = _layer(dense, rank, storage=rank, gradients="factors")
         _replace(network, dense, layer)
     return network
 
@@ -171,9 +165,14 @@ def _shape(dense: Any) -> tuple[int, int]:
     return len(dense.weight), dense.weight[0].numel()
 
 
-def _layer(dense: Any, rank: int, *, lowest: int, storage: int, gradients: Gradients) -> LowRankLayer:
+def _layer(dense: Any, rank: int, *, storage: int, gradients: Gradients) -> LowRankLayer:
     """A low-rank layer in the place of a dense one, with its bias and without its weight."""
-    options = {"lowest": lowest, "storage": storage, "bias": dense.bias is not None, "gradients": gradients}
+    options = {
+        "lowest": min(LOWEST_RANK, rank),
+        "storage": storage,
+        "bias": dense.bias is not None,
+        "gradients": gradients,
+    }
     layer: LowRankLayer
     if type(dense) is nn.Linear:
         layer = LowRankLinear(dense.in_features, dense.out_features, rank, **options)
