@@ -228,6 +228,31 @@ def test_an_entry_that_another_run_finished_first_is_kept(
     assert [path.name for path in prepared.entry.folder.parent.iterdir()] == [prepared.entry.folder.name]
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_runs_that_write_an_entry_at_once_both_go_on(
+    tmp_path: Path, files: CaseFiles, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """The other run's entry appears between this one's last look and its rename."""
+    folder = prepare_case(tmp_path, files).entry.folder
+    (folder / "image.npy").write_bytes(b"damaged")
+    if not damaged:
+        shutil.rmtree(folder)
+    renamed = Path.rename
+
+    def meanwhile(draft: Path, target: Path) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", renamed)
+            inodes.append(prepare_case(tmp_path, files).entry.folder.stat().st_ino)
+        return renamed(draft, target)
+
+    inodes: list[int] = []
+    monkeypatch.setattr(Path, "rename", meanwhile)
+    mine = prepare_case(tmp_path, files).entry
+    assert mine.is_sound()
+    assert mine.folder.stat().st_ino == inodes[0]
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def test_the_same_scan_under_two_names_is_built_without_quarrel(tmp_path: Path, files: CaseFiles) -> None:
     twins = [CaseFiles(f"twin {k}", files.images, files.label, "a") for k in range(8)]
     prepared = CaseCache(tmp_path / "cache", LABELS, quiet=True).prepare(twins, CT)

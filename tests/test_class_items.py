@@ -117,6 +117,23 @@ def test_unpacked_images_are_those_of_the_file(tmp_path: Path, monkeypatch: pyte
     assert unpack_items(path, tmp_path / "cache") == folder
 
 
+def test_a_file_that_two_runs_unpack_at_once_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed = Path.rename
+
+    def meanwhile(draft: Path, target: Path) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", renamed)
+            inodes.append(unpack_items(path, tmp_path / "cache").stat().st_ino)
+        return renamed(draft, target)
+
+    inodes: list[int] = []
+    path = write_items(tmp_path / "x.npz")
+    monkeypatch.setattr(Path, "rename", meanwhile)
+    folder = unpack_items(path, tmp_path / "cache")
+    assert folder.stat().st_ino == inodes[0]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 def test_a_changed_file_is_unpacked_anew(tmp_path: Path) -> None:
     path = write_items(tmp_path / "x.npz")
     first = unpack_items(path, tmp_path / "cache")

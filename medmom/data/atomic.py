@@ -131,6 +131,24 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def take_place(draft: Path, folder: Path) -> bool:
+    """Renames a full draft to ``folder``; where another run was there first, its folder stays.
+
+    Returns:
+        Whether the draft became the folder.
+
+    Raises:
+        OSError: It cannot be renamed, and no folder is there.
+    """
+    try:
+        draft.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
 def _second_name(path: Path) -> Path | None:
     """Gives a file a second name; None where it is not there, its own where the disk has no second names."""
     second = _part(path)

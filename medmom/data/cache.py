@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -16,6 +17,7 @@ import numpy as np
 from monai.transforms import Compose
 from tqdm import tqdm
 
+from medmom.data.atomic import take_place
 from medmom.data.case import Case, CaseFiles, read_case
 from medmom.data.files import content_files
 from medmom.data.preparation import Preparation
@@ -188,17 +190,20 @@ class Entry:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder.parent))
+            damaged = draft.with_name(f"{draft.name}-damaged")
             try:
                 for name, array in arrays.items():
                     np.save(draft / f"{name}.npy", array, allow_pickle=False)
                 checksums = {name: _checksum(draft / f"{name}.npy") for name in arrays}
                 (draft / "index.json").write_text(json.dumps(checksums), encoding="utf-8")
                 # Another run may have built the same entry meanwhile, and read from it already: leave it alone.
-                if not self.is_sound():
-                    shutil.rmtree(self.folder, ignore_errors=True)
-                    draft.rename(self.folder)
+                if not take_place(draft, self.folder) and not self.is_sound():
+                    with suppress(FileNotFoundError):
+                        self.folder.rename(damaged)
+                    take_place(draft, self.folder)
             finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                for leftover in (draft, damaged):
+                    shutil.rmtree(leftover, ignore_errors=True)
         except OSError as error:
             raise MedmomError(
                 f"{self.folder.parent}: the cache cannot be written ({error.strerror or error}); "

@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
+from medmom.data.atomic import take_place
 from medmom.data.class_cases import ClassEntry, Listing
 from medmom.data.files import Volume
 from medmom.errors import MedmomError
@@ -122,9 +123,7 @@ def unpack_items(path: Path, cache: Path) -> Path:
             for number, part in enumerate(_parts(path, file)):
                 with _member(path, file, f"{part}_images") as source, (draft / f"{number}.npy").open("xb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-        # Another run may have unpacked the same file meanwhile.
-        if not folder.is_dir():
-            draft.rename(folder)
+        take_place(draft, folder)
     except OSError as error:
         raise MedmomError(
             f"{folder.parent}: the cache cannot be written ({error.strerror or error}); "
