@@ -12,7 +12,7 @@ from torch import nn
 from medmom.classes import Classes
 from medmom.data.preparation import AXES, STORED, Preparation
 from medmom.labels import Labels
-from medmom.models.factorise import list_ranks
+from medmom.models.factorise import count_dense, list_ranks
 from medmom.models.sizes import times
 from medmom.package import Package, load_package
 
@@ -102,9 +102,8 @@ def _low_rank(network: nn.Module) -> Iterator[str]:
     """What the factors of a package save, where there are any."""
     every = list_ranks(network).values()
     if every:
-        saved = sum(sizes.rows * sizes.columns - sizes.num_parameters for sizes in every)
         share = mean(sizes.rank / min(sizes.rows, sizes.columns) for sizes in every)
-        yield f"{_count(_num_weights(network) + saved)} if dense"
+        yield f"{_count(count_dense(network))} if dense"
         yield f"{len(every)} low-rank layers at {share:.0%} of full rank"
 
 

@@ -18,6 +18,7 @@ from medmom.data.atomic import atomic_file, write_text
 from medmom.errors import MedmomError
 from medmom.evaluation.curves import INK
 from medmom.evaluation.drawing import png
+from medmom.models.factorise import count_dense
 from medmom.models.low_rank import LowRankLayer
 from medmom.optim.groups import list_layers
 
@@ -160,8 +161,7 @@ def _in_order(network: nn.Module) -> dict[str, LowRankLayer]:
 def _compressions(network: nn.Module, layers: Mapping[str, LowRankLayer], ranks: np.ndarray) -> np.ndarray:
     """Parameters over those of the dense network, for ranks of shape (epochs, layers)."""
     sizes = [layer.sizes for layer in layers.values()]
-    factors = [p for layer in layers.values() for p in (layer.u, layer.s, layer.v)]
-    beside = sum(p.numel() for p in network.parameters() if p.is_floating_point()) - sum(p.numel() for p in factors)
-    dense = beside + sum(each.rows * each.columns for each in sizes)
+    dense = count_dense(network)
+    beside = dense - sum(each.rows * each.columns for each in sizes)
     used = [sum(each._replace(rank=int(r)).num_parameters for each, r in zip(sizes, row, strict=True)) for row in ranks]
     return (beside + np.array(used)) / dense

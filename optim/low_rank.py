@@ -167,8 +167,13 @@ class LowRankRule(MomentumOptimizer):
             if all(given):
                 self._step_layer(group, layer)
 
-    def train(self) -> None:
-        """Makes ready to train; the next step widens the bases by itself."""
+    def train(self) -> bool:
+        """Makes ready to train; the next step widens the bases by itself.
+
+        Returns:
+            Whether the network is another one between steps than after ``eval()``: not with ``local_steps`` 0.
+        """
+        return any(group["local_steps"] for group in self.param_groups)
 
     @torch.no_grad()
     def eval(self) -> None:
@@ -202,9 +207,7 @@ class LowRankRule(MomentumOptimizer):
         layers_in(self.param_groups[-1]["params"])
 
     def _layers(self) -> Iterator[tuple[Group, Layer]]:
-        for group in self.param_groups:
-            for layer in layers_in(group["params"]):
-                yield group, layer
+        return ((group, layer) for group in self.param_groups for layer in layers_in(group["params"]))
 
     def _step_layer(self, group: Group, layer: Layer) -> None:
         state = self.state[layer.s]

@@ -41,7 +41,7 @@ of the model package, which holds factors cut to their ranks; beside dense: mean
 seed."""
 
 HEAVY_BALL = ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true", "--optimizer.weight_decay", "3.0e-5")
-ADAM = ("--optimizer.lr", "0.01", "--optimizer.local_steps", "0", "--optimizer.tolerance", "0.1")
+ADAM = ("--optimizer.lr", "0.01", "--optimizer.tolerance", "0.1")
 LEVELS = ("0.1", "0.25", "0.35")
 """Tolerances of truncation."""
 
@@ -60,9 +60,10 @@ ARMS = {
         ("--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.01", "--optimizer.weight_decay", "0"), "#ff7f0e", "s"
     ),
     "low rank, LowRankAdam": Arm(
-        ("--optimizer", "medmom.optim.LowRankAdam", *ADAM),
-        "#17a2a2",
-        "^",
+        ("--optimizer", "medmom.optim.LowRankAdam", *ADAM, "--optimizer.local_steps", "0"), "#17a2a2", "^"
+    ),
+    "low rank, LowRankAdam, 10 local steps": Arm(
+        ("--optimizer", "medmom.optim.LowRankAdam", *ADAM, "--optimizer.local_steps", "10"), "#9fdcdc", "^"
     ),
     **{
         f"low rank, LowRankHeavyBall, tolerance {level}": Arm(
@@ -70,6 +71,14 @@ ARMS = {
         )
         for level, colour in zip(LEVELS, ("#1f77b4", "#6baed6", "#9ecae1"), strict=True)
     },
+    "low rank, LowRankHeavyBall, 10 local steps": Arm(
+        (
+            *("--optimizer", "medmom.optim.LowRankHeavyBall", *HEAVY_BALL),
+            *("--optimizer.tolerance", LEVELS[0], "--optimizer.local_steps", "10"),
+        ),
+        "#d62728",
+        "D",
+    ),
 }
 """Settings by name; the dense one is the recipe as it is."""
 

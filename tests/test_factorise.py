@@ -18,7 +18,7 @@ from unets import MEMORIES, gradients, make_image, make_unet
 from medmom import models
 from medmom.models import LowRankConv, LowRankLinear, presets, to_dense, to_low_rank
 from medmom.models.cost import measure_cost
-from medmom.models.factorise import compact, list_ranks, rank_limit, set_dense, with_ranks
+from medmom.models.factorise import compact, count_dense, list_ranks, rank_limit, set_dense, with_ranks
 from medmom.models.low_rank import LowRankLayer
 from medmom.models.transnetr import StripTransformer
 
@@ -148,6 +148,7 @@ def test_back_to_dense_is_the_same_function(name: str) -> None:
     before = outputs(network, image)
     low = to_low_rank(network, SHARE, room=2, keep_norm=True)
     expected = outputs(low, image)
+    assert count_dense(low) == sum(p.numel() for p in tiny(name)[0].parameters())
     assert max(float((a - b).abs().max()) for a, b in zip(expected, before, strict=True)) > 1e-4
     state = torch.get_rng_state()
     back = to_dense(low)

@@ -163,7 +163,7 @@ def test_evaluation_truncates_once_and_the_next_step_begins_a_cycle(rule: str) -
     assert layer.rank == 3
     optimizer.eval()
     assert same(values(layer), narrow)
-    optimizer.train()
+    assert optimizer.train() is True
     before = layer.matrix()
     walk(layer, optimizer, range(1))
     assert layer.rank == 6
@@ -172,6 +172,11 @@ def test_evaluation_truncates_once_and_the_next_step_begins_a_cycle(rule: str) -
     assert layer.rank == 6
     walk(layer, optimizer, range(1))
     assert layer.rank == 3
+
+
+@each_rule
+def test_weights_between_steps_are_those_that_count_without_local_steps(rule: str) -> None:
+    assert build(rule, make_layer(), local_steps=0).train() is False
 
 
 @each_rule

@@ -362,6 +362,25 @@ def test_checkpoint_between_two_steps_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, keeper, max_epochs=1).fit(task, loader(NUMBERS, batch_size=4))
 
 
+class OnePoint(TwoPoint):
+    """Could have two points, and says that it has one."""
+
+    def train(self) -> bool:
+        super().train()
+        return False
+
+
+def test_optimizer_that_says_it_has_one_point_is_saved_between_steps_and_renews_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(base, "refresh_statistics")
+    task = NormTask(norm_network(), optimizer=OnePoint)
+    trainer(tmp_path, ModelCheckpoint(tmp_path, every_n_train_steps=1), max_epochs=1).fit(
+        task, loader(NUMBERS, batch_size=4)
+    )
+    assert list(tmp_path.glob("*.ckpt"))
+
+
 class Diary(Callback):
     """Writes down what a process ends with."""
 

@@ -24,7 +24,8 @@ class BaseTask(lightning.LightningModule):
     The seam knows no optimizer by name. It keeps four promises:
 
     - An optimizer with two points (``train()`` and ``eval()``, such as schedule-free ones) trains at the one and
-      is validated and saved at the other; a checkpoint between two steps is refused.
+      is validated and saved at the other; a checkpoint between two steps is refused. One whose ``train()`` answers
+      False has a single point.
     - With such an optimizer, running statistics of batch norm are estimated anew at the point that is validated and
       saved, from training batches; this changes neither batches nor random numbers of the training that follows.
     - A closure returns the loss of the whole step, the mean over micro-batches and processes. Lightning alone
@@ -174,11 +175,9 @@ class BaseTask(lightning.LightningModule):
             refresh_statistics(self.network, (self.network_input(batch) for batch in moved))
 
     def _switch(self, mode: str) -> bool:
-        """Switches two-point optimizers; gives whether there is one."""
+        """Switches two-point optimizers; gives whether there is one: none that says False has two points."""
         if self._trainer is None or not self.trainer.optimizers:
             return False
         switches = [getattr(optimizer, mode, None) for optimizer in self.trainer.optimizers]
-        for switch in switches:
-            if callable(switch):
-                switch()
-        return any(callable(switch) for switch in switches)
+        answers = [switch() for switch in switches if callable(switch)]
+        return any(answer is not False for answer in answers)
