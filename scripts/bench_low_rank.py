@@ -45,6 +45,9 @@ ADAM = ("--optimizer.lr", "0.01", "--optimizer.tolerance", "0.1")
 LEVELS = ("0.1", "0.25", "0.35")
 """Tolerances of truncation."""
 
+WIDE = "0.85"
+"""Share of the full rank to start from where the tolerance alone is to decide on the rank."""
+
 
 class Arm(NamedTuple):
     """A setting: its words on the command line, and how it is drawn."""
@@ -70,6 +73,17 @@ ARMS = {
             ("--optimizer", "medmom.optim.LowRankHeavyBall", *HEAVY_BALL, "--optimizer.tolerance", level), colour, "D"
         )
         for level, colour in zip(LEVELS, ("#1f77b4", "#6baed6", "#9ecae1"), strict=True)
+    },
+    **{
+        f"low rank from {WIDE}, LowRankHeavyBall, tolerance {level}": Arm(
+            (
+                *("--model.low_rank", WIDE, "--optimizer", "medmom.optim.LowRankHeavyBall", *HEAVY_BALL),
+                *("--optimizer.tolerance", level),
+            ),
+            colour,
+            "P",
+        )
+        for level, colour in zip(("0.2", "0.25", "0.35"), ("#1b7837", "#5aae61", "#a6dba0"), strict=True)
     },
     "low rank, LowRankHeavyBall, 10 local steps": Arm(
         (

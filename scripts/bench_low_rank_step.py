@@ -24,7 +24,7 @@ weights, gradients, optimizer and activations: dense networks beside the same on
 in one process and run in turns.
 
   python scripts/bench_low_rank_step.py --threads 2 --channels-last                            # CPU
-  python scripts/bench_low_rank_step.py --presets mom3d_xs --patch 16 --rounds 3               # a quick look
+  python scripts/bench_low_rank_step.py --presets mom3d_xs --patch 16 --rounds 3 --predict-presets        # a quick look
   python scripts/bench_low_rank_step.py --device cuda --amp bf16 --channels-last --presets mom3d_s mom3d_m --patch 96
 """
 
@@ -34,7 +34,8 @@ ratios of medians to the dense network with HeavyBall in the same run, with a 95
 every layer's full rank; tolerance 0, so that no rank falls below it, which is the dearest case. *Adam on the factors*
 is torch's AdamW. *K = 10*: ten steps make one cycle, in most of which the bases are twice as wide. Weights, gradients
 and optimizer are counted after a step; activations are what is held between forward and backward pass. A prediction is
-a forward pass without gradients: by factors cut to their ranks, or by the weights that they multiply out to."""
+a forward pass without gradients of patch {predict_patch}^3, batch 1, in the memory layout of `medmom predict`, three
+times as often."""
 
 MIB = 2**20
 
@@ -155,24 +156,26 @@ def section(preset: str, share: float, options: Namespace) -> list[str]:
     head = ["network, rule", "step ms", "ratio", "optimizer ms", "weights to optimizer, MiB", "activations, MiB"]
     dense, low = rows[base].network, rows["LowRankHeavyBall"].network
     title = f"## {preset}, {share:g} of the full rank: {_count(low)} of {_count(dense)} parameters"
-    return [title, table(head, lines), predictions(dense, low, options)]
+    return [title, table(head, lines)]
 
 
-def predictions(dense: nn.Module, low: nn.Module, options: Namespace) -> str:
-    """Times of a prediction: dense, by factors, and by what they multiply out to."""
-    image, base = _image(options), "dense"
-    networks = {base: dense, "factors": compact(_copy(low)), "multiplied out": to_dense(_copy(low))}
-    steps = {name: prediction_of(network, image, options.amp) for name, network in networks.items()}
-    times = interleaved(steps, options.rounds, options.device, "predictions")
-    lines = [
-        [
-            name,
-            f"{np.median(times[name]):.1f}",
-            "1" if name == base else str(ratio_of_medians(times[name], times[base])),
-        ]
-        for name in networks
-    ]
-    return table(["prediction", "ms", "ratio"], lines)
+def predictions(options: Namespace) -> str:
+    """Times of a prediction: by factors, and by what they multiply out to, beside the dense network."""
+    generator = torch.Generator().manual_seed(options.seed)
+    image = torch.randn(1, 1, *[options.predict_patch] * 3, generator=generator).to(options.device)
+    lines = []
+    for preset in options.predict_presets:
+        dense = _network(preset, options).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        networks = {"dense": dense}
+        for share in options.predict_shares:
+            low = to_low_rank(_copy(dense), share)
+            networks |= {f"{share}": compact(low), f"{share} multiplied out": to_dense(_copy(low))}
+        steps = {name: prediction_of(network, image, options.amp) for name, network in networks.items()}
+        times = interleaved(steps, 3 * options.rounds, options.device, f"{preset}, predictions")
+        for share in options.predict_shares:
+            ratios = [ratio_of_medians(times[f"{share}{how}"], times["dense"]) for how in ("", " multiplied out")]
+            lines.append([preset, f"{np.median(times['dense']):.0f}", f"{share:g}", *map(str, ratios)])
+    return table(["network", "dense ms", "share", "by factors", "multiplied out"], lines)
 
 
 def _copy(network: nn.Module) -> nn.Module:
@@ -208,6 +211,9 @@ def parser() -> ArgumentParser:
     made.add_argument("--batch", type=int, default=2, help="samples a step")
     made.add_argument("--rounds", type=int, default=7, help="interleaved rounds, after one that is not kept")
     made.add_argument("--channels-last", action="store_true", help="memory layout of images and weights")
+    made.add_argument("--predict-presets", choices=names, nargs="*", default=["mom3d_xs", "mom3d_xw", "mom3d_s"])
+    made.add_argument("--predict-shares", type=float, nargs="+", default=[0.1, 0.2, 0.45])
+    made.add_argument("--predict-patch", type=int, default=64)
     return made
 
 
@@ -216,11 +222,13 @@ def main(argv: Sequence[str]) -> Path:
     options = ready(parser(), argv)
     parts = [
         page_head("Low rank: time and memory", "bench_low_rank_step.py", argv, options, ["monai"]),
-        WHAT.format(patch=options.patch, batch=options.batch, rounds=options.rounds),
+        WHAT.format(**vars(options)),
     ]
     for preset in options.presets:
         for share in options.shares:
             parts += section(preset, share, options)
+    if options.predict_presets:
+        parts += ["## Predictions", predictions(options)]
     path = write_page(options.out, "low_rank_step", parts)
     print(path, *parts[2:], sep="\n\n")
     return path

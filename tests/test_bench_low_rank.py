@@ -88,6 +88,8 @@ def test_bytes_are_those_of_weights_gradients_and_state() -> None:
 @pytest.mark.slow
 def test_time_and_memory_of_a_small_size(options: Namespace, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--presets", "mom3d_xs", "--patch", "16", "--batch", "1", "--rounds", "1", "--out", str(options.out)]
+    words += ["--predict-presets", "mom3d_xs", "mom3d_xw", "--predict-patch", "16"]
     page = step.main(words).read_text(encoding="utf-8")
-    assert "| dense, HeavyBall |" in page and "| multiplied out |" in page
+    assert "| dense, HeavyBall |" in page
+    assert all(page.count(f"| {preset} |") == 3 for preset in ("mom3d_xs", "mom3d_xw"))
     assert "of 640 817 parameters" in capsys.readouterr().out
