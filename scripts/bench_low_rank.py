@@ -34,11 +34,11 @@ stopped goes on.
 WHAT = """\
 Hippocampus crops of [hippocampus.md](hippocampus.md), fold 0 of 5: 155 cases to train on, 39 cases of 25 people to
 score. Recipe `hippocampus`, {steps} steps of batch {batch}, fp32; a seed decides on weights, patches and augmentation,
-the split is the same. Low rank: every convolution that gains by it starts at {share:g} of its full rank, which is also
-the most that it may have; first weights are those of the dense network, cut by SVD. Dice from the written label maps
-on each scan's own grid, mean over cases and both classes; mean ± standard deviation over seeds. Parameters are those
-of the model package, which holds factors cut to their ranks; beside dense: mean difference to dense with the same
-seed."""
+the split is the same. Low rank: every convolution that gains by it starts at {share:g} of its full rank, or at what the
+row says, which is also the most that it may have; first weights are those of the dense network, cut by SVD. Dice from
+the written label maps on each scan's own grid, mean over cases and both classes; mean ± standard deviation over seeds.
+Parameters are those of the model package, which holds factors cut to their ranks; beside dense: mean difference to
+dense with the same seed."""
 
 HEAVY_BALL = ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true", "--optimizer.weight_decay", "3.0e-5")
 ADAM = ("--optimizer.lr", "0.01", "--optimizer.tolerance", "0.1")
@@ -174,7 +174,8 @@ def medmom(options: Namespace, *words: object) -> None:
 def page(results: Mapping[tuple[str, int, str], Result], options: Namespace, words: Sequence[str]) -> list[str]:
     """The parts of the page."""
     head = Namespace(device=torch.device("cpu"), amp="off")
-    shown = ["FOLDER" if word == str(options.folder) else word for word in words]
+    places = {str(options.folder): "FOLDER", str(options.runs): "RUNS"}
+    shown = [places.get(word, word) for word in words]
     parts = [
         page_head("Low rank: Dice against parameters", "bench_low_rank.py", shown, head, ["monai"]),
         WHAT.format(steps=options.steps, batch=options.batch, share=options.share),

@@ -33,9 +33,11 @@ def results() -> dict[tuple[str, int, str], Any]:
 
 
 def test_page_compares_each_setting_with_dense_of_the_same_seed(tmp_path: Path) -> None:
-    options = Namespace(folder=Path("crops"), presets=["mom3d_xs"], seeds=[0, 1], steps=600, batch=2, share=0.45)
-    text = "\n".join(dice.page(results(), options, ["crops", "--seeds", "0", "1"]))
-    assert "bench_low_rank.py FOLDER --seeds 0 1" in text
+    options = Namespace(
+        folder=Path("crops"), runs=Path("done"), presets=["mom3d_xs"], seeds=[0, 1], steps=600, batch=2, share=0.45
+    )
+    text = "\n".join(dice.page(results(), options, ["crops", "--seeds", "0", "1", "--runs", "done"]))
+    assert "bench_low_rank.py FOLDER --seeds 0 1 --runs RUNS" in text
     assert "| dense, HeavyBall | 1 000 | 100% | 0.800 ± 0.000 | 0.801 ± 0.001 |  |" in text
     assert "| low rank, LowRankAdam | 800 | 80% | 0.800 ± 0.000 | 0.781 ± 0.001 | -0.020 |" in text
     dice.plot(results(), options, tmp_path / "plot.png")
