@@ -89,7 +89,7 @@ class ModelRecipe:
         num_blocks: Residual blocks a decoder stage of transnetr and paper2d; null: one.
         low_rank: Share of the full rank, below 1, that every weight matrix has at most, kept as factors U S V^T;
             optimizers medmom.optim.LowRankHeavyBall and LowRankAdam lower it layer by layer. 0.85 with a tolerance of
-            0.25 is a good start; 0.45 halves weights and optimizer in training too. null: dense weights.
+            0.2 is a good start; 0.45 halves weights and optimizer in training too. null: dense weights.
         init_from: Model package or checkpoint whose weights are taken where they fit.
     """
 

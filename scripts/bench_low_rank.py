@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps of each run, in four epochs")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--share", type=float, default=0.45, help="of the full rank; 0.45 is half the parameters")
+    parser.add_argument(
+        "--share", type=float, default=0.45, help="of the full rank, unless a setting has its own; 0.45: half"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time, each with its part of the cores")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="gets benchmarks/*.md and images/*.png")
