@@ -12,7 +12,7 @@ from torch import nn
 from medmom.classes import Classes
 from medmom.data.preparation import AXES, STORED, Preparation
 from medmom.labels import Labels
-from medmom.models.factorise import count_dense, list_ranks
+from medmom.models.factorise import count_dense, count_parameters, list_ranks
 from medmom.models.sizes import times
 from medmom.package import Package, load_package
 
@@ -88,7 +88,7 @@ def _cells(cells: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _network(package: Package) -> str:
     network: Any = package.network
     arguments: dict[str, Any] = network.arguments
-    parts = [f"{_count(_num_weights(network))} parameters", *_low_rank(network)]
+    parts = [f"{_count(count_parameters(network))} parameters", *_low_rank(network)]
     if "gate" in arguments:
         gating = arguments.get("gating", "fixed")
         parts.append(f"gate {arguments['gate']:g}{'' if gating == 'fixed' else f', {gating}'}")
@@ -105,10 +105,6 @@ def _low_rank(network: nn.Module) -> Iterator[str]:
         share = mean(sizes.rank / min(sizes.rows, sizes.columns) for sizes in every)
         yield f"{_count(count_dense(network))} if dense"
         yield f"{len(every)} low-rank layers at {share:.0%} of full rank"
-
-
-def _num_weights(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters() if p.is_floating_point())
 
 
 def _input(package: Package) -> Iterator[tuple[str, str]]:

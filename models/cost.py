@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from medmom.models.encoder import NetworkMemory
+from medmom.models.factorise import count_parameters
 from medmom.models.gates import LOW_PRECISION_BITS, check_reversible
 from medmom.models.low_rank import LowRankLayer
 from medmom.models.momentum import MomentumStage
@@ -103,7 +104,7 @@ def measure_cost(
             continue
         activations[memory] = _measure_step(network, image_shape, loss or _sum)
     return Cost(
-        num_parameters=sum(parameter.numel() for parameter in parameters if parameter.is_floating_point()),
+        num_parameters=count_parameters(network),
         parameter_bytes=sum(parameter.nbytes for parameter in parameters),
         flops=flops,
         activations=activations,

@@ -10,7 +10,17 @@ from torch import nn
 
 from medmom.models.low_rank import Gradients, LowRankConv, LowRankLayer, LowRankLinear, Ranks
 
-__all__ = ["compact", "count_dense", "list_ranks", "rank_limit", "set_dense", "to_dense", "to_low_rank", "with_ranks"]
+__all__ = [
+    "compact",
+    "count_dense",
+    "count_parameters",
+    "list_ranks",
+    "rank_limit",
+    "set_dense",
+    "to_dense",
+    "to_low_rank",
+    "with_ranks",
+]
 
 LOWEST_RANK = 2
 """With fewer directions a layer has hardly a choice."""
@@ -138,12 +148,17 @@ def list_ranks(network: nn.Module) -> dict[str, Ranks]:
     return {name: layer.sizes for name, layer in _low_rank_layers(network).items()}
 
 
+def count_parameters(network: nn.Module) -> int:
+    """Parameters of a network; the whole numbers of its low-rank layers are none."""
+    return sum(p.numel() for p in network.parameters() if p.is_floating_point())
+
+
 def count_dense(network: nn.Module) -> int:
     """Parameters that the network would have with ordinary layers in the place of its low-rank ones."""
     layers = _low_rank_layers(network).values()
     factors = sum(p.numel() for layer in layers for p in (layer.u, layer.s, layer.v))
     weights = sum(layer.sizes.rows * layer.sizes.columns for layer in layers)
-    return sum(p.numel() for p in network.parameters() if p.is_floating_point()) - factors + weights
+    return count_parameters(network) - factors + weights
 
 
 def rank_limit(layer: Any, share: float) -> int:

@@ -19,6 +19,7 @@ import torch
 from bench_page import Formatter, image_path, page_head, table, write_page
 from matplotlib.figure import Figure
 
+from medmom.models.factorise import count_parameters
 from medmom.package import load_package
 
 DESCRIPTION = """\
@@ -40,8 +41,16 @@ the written label maps on each scan's own grid, mean over cases and both classes
 Parameters are those of the model package, which holds factors cut to their ranks; beside dense: mean difference to
 dense with the same seed."""
 
-HEAVY_BALL = ("--optimizer.lr", "0.3", "--optimizer.nesterov", "true", "--optimizer.weight_decay", "3.0e-5")
-ADAM = ("--optimizer.lr", "0.01", "--optimizer.tolerance", "0.1")
+HEAVY_BALL = (
+    *("--optimizer", "medmom.optim.LowRankHeavyBall", "--optimizer.lr", "0.3", "--optimizer.nesterov", "true"),
+    *("--optimizer.weight_decay", "3.0e-5", "--optimizer.tolerance"),
+)
+"""Its tolerance follows."""
+ADAM = (
+    *("--optimizer", "medmom.optim.LowRankAdam", "--optimizer.lr", "0.01", "--optimizer.tolerance", "0.1"),
+    "--optimizer.local_steps",
+)
+"""Its local steps follow."""
 LEVELS = ("0.1", "0.25", "0.35")
 """Tolerances of truncation."""
 
@@ -62,36 +71,20 @@ ARMS = {
     "low rank, Adam on the factors": Arm(
         ("--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.01", "--optimizer.weight_decay", "0"), "#ff7f0e", "s"
     ),
-    "low rank, LowRankAdam": Arm(
-        ("--optimizer", "medmom.optim.LowRankAdam", *ADAM, "--optimizer.local_steps", "0"), "#17a2a2", "^"
-    ),
-    "low rank, LowRankAdam, 10 local steps": Arm(
-        ("--optimizer", "medmom.optim.LowRankAdam", *ADAM, "--optimizer.local_steps", "10"), "#9fdcdc", "^"
-    ),
+    "low rank, LowRankAdam": Arm((*ADAM, "0"), "#17a2a2", "^"),
+    "low rank, LowRankAdam, 10 local steps": Arm((*ADAM, "10"), "#9fdcdc", "^"),
     **{
-        f"low rank, LowRankHeavyBall, tolerance {level}": Arm(
-            ("--optimizer", "medmom.optim.LowRankHeavyBall", *HEAVY_BALL, "--optimizer.tolerance", level), colour, "D"
-        )
+        f"low rank, LowRankHeavyBall, tolerance {level}": Arm((*HEAVY_BALL, level), colour, "D")
         for level, colour in zip(LEVELS, ("#1f77b4", "#6baed6", "#9ecae1"), strict=True)
     },
     **{
         f"low rank from {WIDE}, LowRankHeavyBall, tolerance {level}": Arm(
-            (
-                *("--model.low_rank", WIDE, "--optimizer", "medmom.optim.LowRankHeavyBall", *HEAVY_BALL),
-                *("--optimizer.tolerance", level),
-            ),
-            colour,
-            "P",
+            ("--model.low_rank", WIDE, *HEAVY_BALL, level), colour, "P"
         )
         for level, colour in zip(("0.2", "0.25", "0.35"), ("#1b7837", "#5aae61", "#a6dba0"), strict=True)
     },
     "low rank, LowRankHeavyBall, 10 local steps": Arm(
-        (
-            *("--optimizer", "medmom.optim.LowRankHeavyBall", *HEAVY_BALL),
-            *("--optimizer.tolerance", LEVELS[0], "--optimizer.local_steps", "10"),
-        ),
-        "#d62728",
-        "D",
+        (*HEAVY_BALL, LEVELS[0], "--optimizer.local_steps", "10"), "#d62728", "D"
     ),
 }
 """Settings by name; the dense one is the recipe as it is."""
@@ -155,8 +148,7 @@ def train_and_score(options: Namespace, preset: str, seed: int, arm: str) -> Res
         medmom(options, "evaluate", run / "validation")
     content = json.loads(scores.read_text(encoding="utf-8"))
     dice = {of: row["dice"]["mean"] for of, row in content["classes"].items()}
-    network = load_package(run).network
-    count = sum(p.numel() for p in network.parameters() if p.is_floating_point())
+    count = count_parameters(load_package(run).network)
     result = Result({**dice, "mean": content["mean"]["dice"]["mean"]}, count)
     print(f"{preset}, seed {seed}, {arm}: Dice {result.dice['mean']:.4f}, {count} parameters", flush=True)
     return result

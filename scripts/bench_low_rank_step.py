@@ -15,7 +15,7 @@ from bench_times import interleaved, ratio_of_medians
 from torch import Tensor, nn
 
 from medmom import models, optim
-from medmom.models.factorise import compact, to_dense, to_low_rank
+from medmom.models.factorise import compact, count_parameters, to_dense, to_low_rank
 from medmom.models.presets import SIZES
 
 DESCRIPTION = """\
@@ -199,7 +199,7 @@ def _per_step(times: dict[str, list[float]], cycles: dict[str, int]) -> dict[str
 
 def _count(network: nn.Module) -> str:
     network = compact(_copy(network))
-    return f"{sum(p.numel() for p in network.parameters() if p.is_floating_point()):,}".replace(",", " ")
+    return f"{count_parameters(network):,}".replace(",", " ")
 
 
 def parser() -> ArgumentParser:
