@@ -9,6 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from meanwhile import before_each
 from tiny_cases import CT, LABELS, prepare_case, stored_label, write_case
 
 from medmom.data import cache, transforms
@@ -212,19 +213,16 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, 
         prepare_case(tmp_path, files)
 
 
+def inode(prepared: PreparedCase) -> int:
+    return prepared.entry.folder.stat().st_ino
+
+
 def test_an_entry_that_another_run_finished_first_is_kept(
     tmp_path: Path, files: CaseFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def meanwhile(asked: CaseFiles, labels: Labels) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(transforms, "read_case", read_case)
-            others.append(prepare_case(tmp_path, files).entry.folder.stat().st_ino)
-        return read_case(asked, labels)
-
-    others: list[int] = []
-    monkeypatch.setattr(transforms, "read_case", meanwhile)
+    others = before_each(monkeypatch, transforms, "read_case", lambda: inode(prepare_case(tmp_path, files)))
     prepared = prepare_case(tmp_path, files)
-    assert prepared.entry.folder.stat().st_ino == others[0]
+    assert inode(prepared) == others[0]
     assert [path.name for path in prepared.entry.folder.parent.iterdir()] == [prepared.entry.folder.name]
 
 
@@ -237,19 +235,10 @@ def test_two_runs_that_write_an_entry_at_once_both_go_on(
     (folder / "image.npy").write_bytes(b"damaged")
     if not damaged:
         shutil.rmtree(folder)
-    renamed = Path.rename
-
-    def meanwhile(draft: Path, target: Path) -> Path:
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", renamed)
-            inodes.append(prepare_case(tmp_path, files).entry.folder.stat().st_ino)
-        return renamed(draft, target)
-
-    inodes: list[int] = []
-    monkeypatch.setattr(Path, "rename", meanwhile)
-    mine = prepare_case(tmp_path, files).entry
-    assert mine.is_sound()
-    assert mine.folder.stat().st_ino == inodes[0]
+    others = before_each(monkeypatch, Path, "rename", lambda: inode(prepare_case(tmp_path, files)))
+    mine = prepare_case(tmp_path, files)
+    assert mine.entry.is_sound()
+    assert inode(mine) == others[0]
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from meanwhile import before_each
 from tiny_classes import write_items
 
 from medmom.data import class_items
@@ -118,19 +119,10 @@ def test_unpacked_images_are_those_of_the_file(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_file_that_two_runs_unpack_at_once_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    renamed = Path.rename
-
-    def meanwhile(draft: Path, target: Path) -> Path:
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", renamed)
-            inodes.append(unpack_items(path, tmp_path / "cache").stat().st_ino)
-        return renamed(draft, target)
-
-    inodes: list[int] = []
     path = write_items(tmp_path / "x.npz")
-    monkeypatch.setattr(Path, "rename", meanwhile)
+    others = before_each(monkeypatch, Path, "rename", lambda: unpack_items(path, tmp_path / "cache").stat().st_ino)
     folder = unpack_items(path, tmp_path / "cache")
-    assert folder.stat().st_ino == inodes[0]
+    assert folder.stat().st_ino == others[0]
     assert list(folder.parent.iterdir()) == [folder]
 
 

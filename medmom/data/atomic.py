@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -129,6 +130,27 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise MedmomError(f"{folder}: cannot be written ({error.strerror}). Choose another place.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def cache_draft(folder: Path) -> Iterator[Path]:
+    """Makes a draft beside a folder of a cache, for ``take_place``; what is left of it goes when the work ends.
+
+    Raises:
+        MedmomError: The cache cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+        try:
+            yield draft
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise MedmomError(
+            f"{folder.parent}: the cache cannot be written ({error.strerror or error}); "
+            "free some space, or name another folder with --data.cache."
+        ) from error
 
 
 def take_place(draft: Path, folder: Path) -> bool:

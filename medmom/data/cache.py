@@ -4,8 +4,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +15,7 @@ import numpy as np
 from monai.transforms import Compose
 from tqdm import tqdm
 
-from medmom.data.atomic import take_place
+from medmom.data.atomic import cache_draft, take_place
 from medmom.data.case import Case, CaseFiles, read_case
 from medmom.data.files import content_files
 from medmom.data.preparation import Preparation
@@ -187,28 +185,16 @@ class Entry:
         Raises:
             MedmomError: The folder cannot be written.
         """
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder.parent))
-            damaged = draft.with_name(f"{draft.name}-damaged")
-            try:
-                for name, array in arrays.items():
-                    np.save(draft / f"{name}.npy", array, allow_pickle=False)
-                checksums = {name: _checksum(draft / f"{name}.npy") for name in arrays}
-                (draft / "index.json").write_text(json.dumps(checksums), encoding="utf-8")
-                # Another run may have built the same entry meanwhile, and read from it already: leave it alone.
-                if not take_place(draft, self.folder) and not self.is_sound():
-                    with suppress(FileNotFoundError):
-                        self.folder.rename(damaged)
-                    take_place(draft, self.folder)
-            finally:
-                for leftover in (draft, damaged):
-                    shutil.rmtree(leftover, ignore_errors=True)
-        except OSError as error:
-            raise MedmomError(
-                f"{self.folder.parent}: the cache cannot be written ({error.strerror or error}); "
-                "free some space, or name another folder with --data.cache."
-            ) from error
+        with cache_draft(self.folder) as draft:
+            for name, array in arrays.items():
+                np.save(draft / f"{name}.npy", array, allow_pickle=False)
+            checksums = {name: _checksum(draft / f"{name}.npy") for name in arrays}
+            (draft / "index.json").write_text(json.dumps(checksums), encoding="utf-8")
+            # Another run may have built the same entry meanwhile, and read from it already: leave it alone.
+            if not take_place(draft, self.folder) and not self.is_sound():
+                with cache_draft(self.folder) as aside, suppress(FileNotFoundError):
+                    self.folder.rename(aside / "damaged")
+                take_place(draft, self.folder)
 
 
 def _identity(path: Path) -> list[str | int]:

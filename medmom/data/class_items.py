@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-from medmom.data.atomic import take_place
+from medmom.data.atomic import cache_draft, take_place
 from medmom.data.class_cases import ClassEntry, Listing
 from medmom.data.files import Volume
 from medmom.errors import MedmomError
@@ -115,23 +114,12 @@ def unpack_items(path: Path, cache: Path) -> Path:
     folder = cache / "items" / key
     if folder.is_dir():
         return folder
-    draft = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
+    with cache_draft(folder) as draft:
         with _opened(path) as file:
             for number, part in enumerate(_parts(path, file)):
                 with _member(path, file, f"{part}_images") as source, (draft / f"{number}.npy").open("xb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
         take_place(draft, folder)
-    except OSError as error:
-        raise MedmomError(
-            f"{folder.parent}: the cache cannot be written ({error.strerror or error}); "
-            "free some space, or name another folder with --data.cache."
-        ) from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
